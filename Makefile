@@ -1,0 +1,39 @@
+# `make demo` and `make test` need Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Two OpenMP threads that share two cores with anything else are several times slower than one.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test fast lint bench install clean
+
+demo: install
+	$(BIN)/ramdefense demo --out runs/demo
+
+test: install lint
+	$(BIN)/pytest
+
+fast: install
+	$(BIN)/pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python benchmarks/overhead.py
+
+install: $(VENV)/.installed
+
+# uv installs in a minute what takes pip five, and lifts torchattacks' pin of an old `requests`.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,210 @@
+"""Patch attacks in the style of the Adversarial Robustness Toolbox: evasion attacks on a `PyTorchSegmenter`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from art.attacks.attack import EvasionAttack
+from art.estimators.estimator import BaseEstimator, LossGradientsMixin
+from torch import Tensor
+
+from attacks.optimize import Result, make_patch, reference_map
+from attacks.options import PatchOptions
+from attacks.patch import Patch, rectangle, resolve_location, resolve_shape
+from attacks.targets import Permute, Strip, Target
+from ramdefense.outputs import labels_of
+from ramdefense.segmenter import SegmenterMixin
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+
+class PatchAttack(EvasionAttack):
+    """A patch for each image, made by gradient steps on the pixels of a rectangle that may take any value.
+
+    Nothing outside the rectangle changes, bit for bit; the pixels under it and void pixels are in no loss. Against a
+    defence that says it is random the gradient is averaged over draws, and a straight-through gradient is used where
+    one is offered; `defence_samples` and `straight_through` switch that.
+
+    Args:
+        estimator: A `ramdefense.PyTorchSegmenter`, or any ART estimator with `SegmenterMixin` and its `logits`.
+        options: The keywords of `attacks.options.PatchOptions`, with its defaults. Each is an attribute, too, and
+            `set_params` sets them.
+
+    Attributes:
+        patch: What the last `generate` made, one patch for each image; None before.
+        result: Success, steps, passes and seconds of the last `generate`; None before.
+
+    Raises:
+        art.exceptions.EstimatorError: If the estimator is no segmenter.
+        TypeError: On an option that does not exist.
+        ValueError: On a value that is out of range.
+
+    Example:
+        >>> attack = PatchAttack(segmenter, target=FixedClass(3), patch_shape=(40, 40))  # doctest: +SKIP
+        >>> x_adversarial = attack.generate(x, y)  # doctest: +SKIP
+    """
+
+    attack_params: ClassVar[list[str]] = EvasionAttack.attack_params + PatchOptions.names()
+    _estimator_requirements = (BaseEstimator, LossGradientsMixin, SegmenterMixin)
+
+    def __init__(self, estimator: Any, **options: Any) -> None:
+        super().__init__(estimator=estimator)
+        self.patch: Patch | None = None
+        self.result: Result | None = None
+        self._assign(PatchOptions.of(type(self).__name__, options))
+        self._check_params()
+
+    def generate(self, x: Array, y: Any = None, *, images: Sequence[int] | None = None) -> Array:
+        """Make a patch for each image and put it there.
+
+        Args:
+            x: Images, (N, C, H, W), floating point in the clip range, array or tensor.
+            y: (N, H, W) label map, integers, array or tensor; scores (N, nb_classes, H, W) are taken by their largest.
+                With a `target`, or untargeted: the ground truth; targeted without a `target`: the target map. None,
+                for an untargeted attack only: the model's own prediction, so that no label is leaked.
+            images: Stream number of each image, on which all that is random for it depends; None: 0..N-1.
+
+        Returns:
+            The patched images, of the kind, dtype and device of `x`.
+
+        Raises:
+            ValueError: On images, labels or stream numbers that do not fit, a patch larger than the image or outside
+                it, or a missing target.
+            TypeError: If `x` is neither an array nor a tensor.
+        """
+        options = self._check_params()
+        tensor = torch.tensor(x) if isinstance(x, np.ndarray) else x
+        self.patch, self.result = make_patch(self.estimator, tensor, self._labels(y), options, images)
+        return self.patch.paste(x)
+
+    def apply_patch(self, x: Array, patch: Patch | None = None) -> Array:
+        """Put a patch on images.
+
+        Args:
+            x: Images, (N, C, H, W), array or tensor.
+            patch: The patch; None: the one of the last `generate`.
+
+        Returns:
+            The patched images, of the kind of `x`.
+
+        Raises:
+            ValueError: If there is no patch yet, or if it does not fit on the images.
+        """
+        patch = self.patch if patch is None else patch
+        if patch is None:
+            raise ValueError("There is no patch yet; call `generate` first, or give one.")
+        return patch.paste(x)
+
+    def target_map(self, y: Array, images: Sequence[int] | None = None) -> Array | None:
+        """The map that `generate(x, y)` aims at, (N, H, W) int64, of the kind of `y`; None for an untargeted attack."""
+        options = self._check_params()
+        if not options.aims:
+            return None
+        labels = self._labels(y)
+        assert labels is not None
+        # the target looks at labels alone; the images only lend their number and size
+        blank = torch.empty(len(labels), 1, *labels.shape[1:])
+        reference = reference_map(self.estimator, blank, labels, options, images)
+        return reference.numpy() if isinstance(y, np.ndarray) else reference
+
+    def mask(self, x: Array) -> Array:
+        """The pixels that the attack changes on these images: (N, H, W) bool, of the kind of `x`."""
+        options = self._check_params()
+        size = int(x.shape[-2]), int(x.shape[-1])
+        shape = resolve_shape(options.patch_shape, size)
+        mask = rectangle(shape, resolve_location(options.patch_location, shape, size), size).repeat(len(x), 1, 1)
+        return mask.numpy() if isinstance(x, np.ndarray) else mask.to(x.device)
+
+    def set_params(self, **kwargs: Any) -> None:
+        """Set options by name, all of them or, if one is refused, none.
+
+        Raises:
+            ValueError: On an option that does not exist, as ART has it, or a value that is out of range.
+        """
+        unknown = sorted(set(kwargs) - set(self.attack_params))
+        if unknown:
+            raise ValueError(f"{type(self).__name__} has no option {', '.join(unknown)}; see `attack_params`.")
+        self._assign(PatchOptions(**{**self._given(), **kwargs}))
+
+    @property
+    def targeted(self) -> bool:
+        """Whether the attack is to reach a map (True) or to leave one."""
+        return self._check_params().aims
+
+    @targeted.setter
+    def targeted(self, targeted: bool | None) -> None:
+        self._targeted = targeted
+
+    def _assign(self, options: PatchOptions) -> None:
+        for name in self.attack_params:
+            setattr(self, name, getattr(options, name))
+
+    def _given(self) -> dict[str, Any]:
+        """The options as they stand: the attributes, which a user may have set one by one."""
+        return {name: self._targeted if name == "targeted" else getattr(self, name) for name in self.attack_params}
+
+    def _check_params(self) -> PatchOptions:
+        """The checked options."""
+        return PatchOptions(**self._given())
+
+    def _labels(self, y: Any) -> Tensor | None:
+        if y is None:
+            return None
+        if isinstance(y, (np.ndarray, Tensor)) and y.ndim == 4:
+            return labels_of(y, self.estimator.nb_classes, self.estimator.ignore_index)
+        return torch.tensor(y) if isinstance(y, np.ndarray) else y
+
+    def __repr__(self) -> str:
+        """A call that makes this attack again, for a variable `estimator`."""
+        given = self._given()
+        options = ", ".join(f"{name}={given[name]!r}" for name in self.attack_params)
+        return f"{type(self).__name__}(estimator, {options})"
+
+
+class _NamedTargetAttack(PatchAttack):
+    """A `PatchAttack` that brings its own target, made anew from the seed."""
+
+    attack_params: ClassVar[list[str]] = [
+        name for name in PatchAttack.attack_params if name not in ("target", "targeted")
+    ]
+
+    def __init__(self, estimator: Any, **options: Any) -> None:
+        brought = sorted({"target", "targeted"} & set(options))
+        if brought:
+            raise TypeError(f"{type(self).__name__} sets {' and '.join(brought)} itself; use PatchAttack for another.")
+        super().__init__(estimator, **options)
+
+    @property
+    def target(self) -> Target:
+        """The target, seeded by `seed`."""
+        raise NotImplementedError
+
+    def _given(self) -> dict[str, Any]:
+        return {**super()._given(), "target": self.target}
+
+
+class PermuteAttack(_NamedTargetAttack):
+    """`PatchAttack` towards `attacks.targets.Permute`: every class of the image becomes an absent one, one to one.
+
+    `generate(x, y)` takes the ground truth as `y`. Options as of `PatchAttack`, without `target` and `targeted`; `seed`
+    seeds the target map, too.
+    """
+
+    @property
+    def target(self) -> Permute:
+        return Permute(self.seed)
+
+
+class StripAttack(_NamedTargetAttack):
+    """`PatchAttack` towards `attacks.targets.Strip`: four vertical bands, each of one class absent from the image.
+
+    `generate(x, y)` takes the ground truth as `y`. Options as of `PatchAttack`, without `target` and `targeted`; `seed`
+    seeds the target map, too.
+    """
+
+    @property
+    def target(self) -> Strip:
+        return Strip(seed=self.seed)

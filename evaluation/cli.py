@@ -1,0 +1,316 @@
+"""The command line: ``ramdefense``.
+
+Whatever needs torch is imported inside the command that needs it, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+app = typer.Typer(
+    name="ramdefense",
+    help="Adversarial patches for semantic segmentation, and the Robust Attention Mechanism (RAM) against them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", help="A module or a file.py that registers attacks or defences; may be repeated."),
+]
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app()
+
+
+@app.command()
+def evaluate(
+    model: Annotated[list[str], typer.Option(help="Model by name, see `ramdefense models`; may be repeated.")],
+    data: Annotated[str, typer.Option(help="scenes[:N], camvid:PATH[:SPLIT], folder:PATH, voc:PATH, cityscapes:PATH.")],
+    attack: Annotated[
+        list[str] | None, typer.Option(help="See `ramdefense attacks`; repeatable. If not given, permute and strip.")
+    ] = None,
+    defence: Annotated[
+        list[str] | None, typer.Option(help="See `ramdefense defences`; repeatable. If not given, none and ram.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(help="How many, spread evenly over the data; all if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; the same command again resumes it.")] = None,
+    max_iter: Annotated[int | None, typer.Option(help="Steps of each attack.")] = None,
+    patch_size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number for a square.")] = None,
+    patch_location: Annotated[str | None, typer.Option(help="TOPxLEFT in pixels, or a corner, as lower_right.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, a further option of the attacks; may be repeated.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH that the data are resized to.")] = None,
+    region: Annotated[str, typer.Option(help="Which pixels count: outside the patch, or everywhere.")] = "outside",
+    batch_size: Annotated[int, typer.Option(help="Images worked on at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or gpu; a GPU where there is one, if not given.")] = None,
+    plugin: Plugins = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Attack models under defences and show the table."""
+    with _user_errors():
+        _load_plugins(plugin)
+        options: dict[str, Any] = dict(_option(text) for text in option or [])
+        if patch_location is not None:
+            corner = not patch_location[:1].isdigit()
+            options["patch_location"] = patch_location if corner else _pair(patch_location, "--patch-location")
+        if device not in (None, "cpu", "gpu"):
+            raise ValueError(f"--device {device}: cpu or gpu")
+        from evaluation.experiment import evaluate as run
+
+        results = run(
+            model,
+            attack or ("permute", "strip"),
+            defence or ("none", "ram"),
+            data,
+            images=images,
+            size=None if size is None else _pair(size, "--size"),
+            batch_size=batch_size,
+            seed=seed,
+            region=region,  # type: ignore[arg-type]  # checked there
+            out=out,
+            verbose=not quiet,
+            patch_shape=None if patch_size is None else _pair(patch_size, "--patch-size"),
+            max_iter=max_iter,
+            device_type=device,
+            **options,
+        )
+    _show(results.table())
+    if out is not None:
+        _show(f"Rows, tables, patches and figures: {out}")
+    if results.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the table and the figures.")] = Path("runs/demo"),
+    images: Annotated[int, typer.Option(help="How many scenes are attacked.")] = 6,
+    max_iter: Annotated[int, typer.Option(help="Steps of each attack.")] = 60,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """A patch attack on two small models and RAM against it, on drawn street scenes: no data needed."""
+    with _user_errors():
+        from evaluation.experiment import evaluate as run
+
+        results = run(
+            ["zoo:scenes-vit", "zoo:scenes-cnn"],
+            ["permute", "strip"],
+            ["none", "ram"],
+            "scenes",
+            images=images,
+            max_iter=max_iter,
+            out=out,
+            verbose=not quiet,
+        )
+    _show(results.table())
+    if results.interrupted:
+        raise typer.Exit(130)
+    _show("")
+    for sentence in results.sentences():
+        _show(sentence)
+    _show(f"\nFigures: {out / 'figures'}")
+
+
+@app.command()
+def sites(
+    model: Annotated[str, typer.Option(help="Model by name, see `ramdefense models`.")],
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the image to look with.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes, where the model does not say.")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Where a model attends: the places that RAM refines."""
+    with _user_errors():
+        _load_plugins(plugin)
+        from evaluation.models import load_model
+        from ramdefense.interception import attention_sites
+
+        shape = None if size is None else (3, *_pair(size, "--size"))
+        segmenter = load_model(model, nb_classes=classes, input_shape=shape)
+        found = attention_sites(segmenter.model, segmenter.input_shape)
+    if not found:
+        _show(f"{model} has no attention: RAM does not apply to it.")
+        return
+    rows = [(s.name, s.kind, str(s.heads), str(s.queries), str(s.keys), s.function) for s in found]
+    _show_table(("site", "kind", "heads", "queries", "keys", "function"), rows, right=(2, 3, 4))
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Recipe; the zoo's are in evaluation/zoo.")],
+    data: Annotated[str, typer.Option(help="Folder that {data} in the recipe stands for.")] = "",
+    out: Annotated[Path | None, typer.Option(help="OUT.safetensors and OUT.json; the recipe's name otherwise.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train a model from a recipe and write its weights and its card."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with _user_errors():
+        if not recipe.is_file():
+            raise FileNotFoundError(f"no file {recipe}")
+        from evaluation.training import Recipe, save
+        from evaluation.training import train as fit
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+            task = bar.add_task("reading the data", total=None)
+            latest: dict[str, float] = {}
+
+            def progress(step: int, steps: int, figures: dict[str, float]) -> None:
+                latest.update(figures)
+                text = ", ".join(f"{name} {value:.3f}" for name, value in latest.items())
+                bar.update(task, completed=step, total=steps, description=text)
+
+            model, card = fit(Recipe.load(recipe), data=data, progress=progress)
+        target = Path(recipe.stem) if out is None else out
+        save(model, card, target)
+    for split in ("val", "test"):
+        figures = card[split]
+        _show(f"{split}: mIoU {100 * figures['miou']:.1f} %, pixel accuracy {100 * figures['pixel_accuracy']:.1f} %")
+    _show(f"Written: {target.with_suffix('.safetensors')}")
+
+
+@app.command("attacks")
+def list_attacks(plugin: Plugins = None) -> None:
+    """The attacks by name."""
+    with _user_errors():
+        _load_plugins(plugin)
+        from attacks.catalogue import attacks
+
+    _show_table(("attack", "what it does", "source"), [(e.name, e.summary, e.paper) for e in attacks().values()])
+
+
+@app.command("defences")
+def list_defences(plugin: Plugins = None) -> None:
+    """The defences by name."""
+    with _user_errors():
+        _load_plugins(plugin)
+        from ramdefense.defences import defence, defences
+
+    rows = [(name, (defence(name).__doc__ or "").strip().partition("\n")[0]) for name in defences()]
+    _show_table(("defence", "what it does"), rows)
+
+
+@app.command("models")
+def list_models() -> None:
+    """The models that ship, and how to name others."""
+    with _user_errors():
+        from evaluation.models import KINDS, zoo
+
+    rows = [
+        (
+            f"zoo:{name}",
+            str(card["recipe"]["architecture"]),
+            "×".join(map(str, card["size"])),
+            f"{card['parameters'] / 1e6:.2f} M",
+            f"{100 * card['val']['miou']:.1f}",
+            f"{100 * card['test']['miou']:.1f}",
+        )
+        for name, card in zoo().items()
+    ]
+    _show_table(("model", "architecture", "size", "weights", "val mIoU %", "test mIoU %"), rows, right=(3, 4, 5))
+    _show(f"A model is {KINDS}.", markup=False)
+
+
+# --------------------------------------------------------------------------------------------------------- helpers
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """What the user can mend is one line and exit code 2; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        from rich.console import Console
+
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print("[bold red]error:[/bold red] ", end="")
+        console.print(" ".join(str(error).split()), markup=False)
+        raise typer.Exit(2) from error
+
+
+def _load_plugins(plugins: list[str] | None) -> None:
+    """Import each module or file once; its decorators do the rest."""
+    for name in plugins or []:
+        if not name.endswith(".py"):
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name != name.partition(".")[0] and error.name != name:
+                    raise  # the plug-in is there; what it imports is not
+                raise ValueError(f"--plugin {name}: no such module; a file ends with .py") from error
+            continue
+        path = Path(name).resolve()
+        if not path.is_file():
+            raise FileNotFoundError(f"--plugin {name}: no such file")
+        module_name = f"ramdefense_plugin_{path.stem}"
+        held = sys.modules.get(module_name)
+        if held is not None and getattr(held, "__file__", None) == str(path):
+            continue
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"--plugin {name}: no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+
+
+def _pair(text: str, name: str) -> tuple[int, int]:
+    """``"40x60"`` or ``"40"`` → ``(40, 60)`` or ``(40, 40)``."""
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{name} {text}: two whole numbers, as in 40x60 (rows first), or one for both")
+    return int(parts[0]), int(parts[-1])
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """``"eps_step=0.05"`` → ``("eps_step", 0.05)``; values are read as YAML."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip().isidentifier():
+        raise ValueError(f"--option {text}: NAME=VALUE, as in eps_step=0.05")
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--option {text}: the value is no YAML") from error
+
+
+def _show(what: RenderableType, *, markup: bool = True) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(what, markup=markup)
+
+
+def _show_table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    _show(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,683 @@
+"""models × attacks × defences over a data set.
+
+For each model the undefended segmenter comes first, then each defence. Against a defence an attack has up to three
+variants, and a summary takes for each image the strongest: a defence beaten only by attacks that do not know it is
+none.
+
+- ``plain``: the attack as it is on any model (one draw of a random defence, no straight-through gradient).
+- ``adaptive``: the attack by its own defaults, which average over draws and pass through what has no gradient. Left
+  out where the defended model is deterministic and differentiable, since it would be the plain one again.
+- ``transfer``: the patch that was made on the undefended model, pasted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from attacks.catalogue import attacks as attack_catalogue
+from attacks.patch import Patch
+from evaluation.datasets import IGNORE_INDEX, SegmentationData, load_data, stack
+from evaluation.figures import Panel, save_figure
+from evaluation.files import read_lines, write_lines, write_whole
+from evaluation.metrics import REGIONS, Region, confusion, counted_pixels
+from evaluation.results import Record, Results, Skipped, worst
+from ramdefense.checks import check_images, check_labels
+from ramdefense.defences import defence as defence_by_name
+from ramdefense.segmenter import PyTorchSegmenter
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+AttackFactory = Callable[..., Any]
+DefenceFunction = Callable[[PyTorchSegmenter], PyTorchSegmenter]
+Tick = Callable[[str, float], None]
+
+#: Images whose rows share a file: what an interrupted run loses at most. The rows do not depend on it.
+CHUNK = 16
+NONE = "none"
+_PLAIN = {"defence_samples": 1, "straight_through": False}
+#: About how long a variant takes, in units of the plain one: what the remaining time is estimated from.
+_EFFORT = {"plain": 1.0, "adaptive": 4.0, "transfer": 0.05}
+
+
+def evaluate(
+    models: str | PyTorchSegmenter | Sequence[str | PyTorchSegmenter] | Mapping[str, PyTorchSegmenter],
+    attacks: str | Sequence[str] | Mapping[str, AttackFactory] = ("permute", "strip"),
+    defences: str | Sequence[str] | Mapping[str, DefenceFunction] = (NONE, "ram"),
+    data: str | SegmentationData = "scenes",
+    *,
+    images: int | Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    region: Region = "outside",
+    out: str | Path | None = None,
+    verbose: bool = True,
+    patch_shape: tuple[int, int] | None = None,
+    max_iter: int | None = None,
+    device_type: str | None = None,
+    **attack_options: Any,
+) -> Results:
+    """Attack every model under every defence, and measure.
+
+    Args:
+        models: names (``evaluation.models.load_model``), segmenters, or name → segmenter.
+        attacks: names (``attacks.attacks()``), or name → ``factory(segmenter, **options)``. An attack is an object with
+            ``generate(x, y)`` on NumPy arrays, ``y`` the ground truth; it may offer ``target_map(y)`` (without it, it
+            is scored as untargeted) and ``mask(x)`` (without it, every pixel counts), and take ``images=``.
+        defences: names (``ramdefense.defences``), or name → function from segmenter to segmenter. ``"none"`` is always
+            among them, since every gain is measured against it.
+        data: a name for ``load_data`` or a data set.
+        images: how many images, spread evenly over the data set, or which indices; ``None``: all. The index of an image
+            is the number of its random streams, so a row depends on neither the other images nor ``batch_size``.
+        size: ``(height, width)`` that named data are resized to.
+        batch_size: images worked on at once.
+        seed: of the attacks.
+        region: where pixels count: ``"outside"`` the patch, or ``"everywhere"``.
+        out: folder of the run. Rows are written there as they are finished; the same call again goes on from there.
+        verbose: a progress bar with the time left, on standard error.
+        patch_shape: ``(height, width)`` in pixels; ``None``: the attack's default.
+        max_iter: steps of each attack; ``None``: the attack's default.
+        device_type: ``"cpu"`` or ``"gpu"``, for models given by name; ``None``: a GPU where there is one.
+        attack_options: further options of the attacks; each goes to the attacks that have it.
+
+    Returns:
+        The results; what was finished, if the run was interrupted from the keyboard.
+
+    Raises:
+        ValueError: an unknown name, an option that no attack has, models and data of different classes, a folder that
+            holds another run, or an attack that breaks its promises (pixels outside its mask or the clip range).
+        FileNotFoundError: files that are not there.
+    """
+    if region not in REGIONS:
+        raise ValueError(f"region={region!r}: one of {', '.join(map(repr, REGIONS))}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1")
+    factories = _attacks(attacks)
+    functions = _defences(defences)
+    given = {"patch_shape": patch_shape, "max_iter": max_iter, **attack_options}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if not any(_takes(factory, name) for factory in factories.values()):
+            raise ValueError(f"option {name!r}: none of the attacks ({', '.join(factories)}) has it")
+    frames = load_data(data, size=size) if isinstance(data, str) else data
+    indices = _indices(images, len(frames))
+    segmenters = _segmenters(models, frames, indices[0], device_type)
+    configuration: dict[str, Any] = {
+        "models": {name: _model_fingerprint(segmenter) if out else "" for name, segmenter in segmenters.items()},
+        "attacks": {name: _identity(factory) for name, factory in factories.items()},
+        "defences": {name: _identity(function) for name, function in functions.items()},
+        "data": {
+            "name": data if isinstance(data, str) else type(data).__name__,
+            "classes": list(frames.classes),
+            "images": indices,
+            "fingerprint": _data_fingerprint(frames, indices) if out else "",
+        },
+        "options": {name: _plain_value(value) for name, value in sorted(given.items())},
+        "seed": seed,
+        "region": region,
+        "versions": _versions("ramdefense", "torch"),
+    }
+    store = _Store(Path(out) if out is not None else None, frames.classes)
+    store.open(configuration, {"batch_size": batch_size, "device_type": device_type})
+    results = Results([], frames.classes, [], configuration)
+    options = {**given, "seed": seed, "batch_size": batch_size, "verbose": False}
+    cells = len(segmenters) * len(factories) * (1 + (len(functions) - 1) * sum(_EFFORT.values()))
+    with _progress(verbose, cells * len(indices)) as tick:
+        run = _Run(frames, indices, factories, options, region, batch_size, store, tick, results)
+        try:
+            for name, segmenter in segmenters.items():
+                run.model(name, segmenter, functions)
+        except KeyboardInterrupt:
+            results.interrupted = True
+    if out is not None and results.records:
+        results.to_csv(Path(out) / "summary.csv")
+        results.to_json(Path(out) / "summary.json")
+        write_whole(Path(out) / "rows.csv", results.rows.to_csv(index=False))
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------- one run
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What decides a file of rows, beside the configuration of the run."""
+
+    model: str
+    defence: str
+    attack: str
+    variant: str
+    chunk: int  # position of its first image among the run's images
+
+    @property
+    def path(self) -> str:
+        folders = "/".join(_file_name(name) for name in (self.model, self.attack, self.defence))
+        return f"{folders}/{self.variant}-{self.chunk:05d}"
+
+
+@dataclass
+class _Defended:
+    """A segmenter under a defence, and its predictions without attack, each made once."""
+
+    name: str
+    segmenter: PyTorchSegmenter
+    batch_size: int
+    clean: dict[int, NDArray[Any]] = field(default_factory=dict)  # image → labels (H, W)
+
+    def predict(self, x: NDArray[np.float32], images: Sequence[int]) -> NDArray[np.int64]:
+        """Labels on a draw of the defence's randomness that no attack sees."""
+        with self.segmenter.conditions(images=tuple(images), draw=-1):
+            return self.segmenter.predict_labels(x, batch_size=self.batch_size)
+
+    def predict_clean(self, x: NDArray[np.float32], images: Sequence[int]) -> NDArray[np.int64]:
+        if not all(image in self.clean for image in images):
+            small = np.uint8 if self.segmenter.nb_classes <= 256 else np.int64
+            self.clean.update(zip(images, self.predict(x, images).astype(small), strict=True))
+        return np.stack([self.clean[image] for image in images]).astype(np.int64)
+
+
+@dataclass
+class _Run:
+    data: SegmentationData
+    indices: list[int]
+    attacks: Mapping[str, AttackFactory]
+    options: dict[str, Any]
+    region: Region
+    batch_size: int
+    store: _Store
+    tick: Tick
+    results: Results
+
+    def model(self, model: str, segmenter: PyTorchSegmenter, defences: Mapping[str, DefenceFunction]) -> None:
+        undefended = _Defended(NONE, segmenter, self.batch_size)
+        applied = []
+        for name, function in defences.items():
+            defended = undefended if name == NONE else self._defend(model, name, function, segmenter)
+            if defended is not None:
+                applied.append(defended)
+            for attack in self.attacks:
+                variants: list[str] = []
+                if defended is not None:
+                    variants = self._variants(attack, defended)
+                    for variant in variants:
+                        self._cells(model, attack, variant, defended, undefended)
+                if name != NONE:
+                    left_out = sum(effort for variant, effort in _EFFORT.items() if variant not in variants)
+                    self.tick(f"{model} · {attack} · {name}", left_out * len(self.indices))
+        for attack in self.attacks:
+            self._figures(model, attack, applied, undefended)
+
+    def _defend(
+        self, model: str, name: str, function: DefenceFunction, segmenter: PyTorchSegmenter
+    ) -> _Defended | None:
+        try:
+            defended = _Defended(name, function(segmenter), self.batch_size)
+            if not isinstance(defended.segmenter, PyTorchSegmenter):
+                kind = type(defended.segmenter).__name__
+                raise ValueError(f"defence {name!r} returned a {kind}; it must return a PyTorchSegmenter")
+            first = self.indices[:1]
+            defended.predict_clean(self._load(first)[0], first)  # a defence may look at the model only when it runs
+        except ValueError as error:
+            if "no attention" not in str(error):
+                raise
+            reason = str(error).partition(":")[0]
+            self.results.skipped.append(Skipped(model, name, reason))
+            self.store.skip(self.results.skipped[-1])
+            return None
+        return defended
+
+    def _variants(self, attack: str, defended: _Defended) -> list[str]:
+        traits = defended.segmenter.traits
+        factory = self.attacks[attack]
+        adapts = any(_takes(factory, name) for name in _PLAIN) and (traits.random or traits.straight_through)
+        return ["plain", *(["adaptive"] if adapts else []), *(["transfer"] if defended.name != NONE else [])]
+
+    def _make(self, attack: str, variant: str, segmenter: PyTorchSegmenter) -> Any:
+        factory = self.attacks[attack]
+        options = self.options | (_PLAIN if variant == "plain" else {})
+        try:
+            made = factory(segmenter, **{name: value for name, value in options.items() if _takes(factory, name)})
+        except TypeError as error:
+            raise ValueError(f"attack {attack!r}: {error}") from error
+        if getattr(made, "targeted", False) and not hasattr(made, "target_map"):
+            raise ValueError(
+                f"attack {attack!r} is targeted and does not say at what: give it target_map(y) -> (N, H, W), "
+                "and let its generate(x, y) take the ground truth"
+            )
+        return made
+
+    def _cells(
+        self, model: str, attack: str, variant: str, defended: _Defended, undefended: _Defended
+    ) -> None:
+        """Every chunk of images of one model, attack, defence and variant."""
+        made: Any = None
+        for chunk, images in self._chunks():
+            cell = _Cell(model, defended.name, attack, variant, chunk)
+            label = f"{model} · {attack} · {defended.name} · {variant}"
+            records = self.store.read(cell)
+            if records is None:
+                if made is None:
+                    source = undefended if variant == "transfer" else defended
+                    made = self._make(attack, self._origin(cell, undefended).variant, source.segmenter)
+                records = self._chunk(cell, made, images, defended, undefended)
+            self.results.records += records
+            self.tick(label, _EFFORT[variant] * len(images))
+
+    def _origin(self, cell: _Cell, undefended: _Defended) -> _Cell:
+        """The cell that made the patch: for ``transfer`` the undefended model's, the adaptive one if it has one."""
+        if cell.variant != "transfer":
+            return cell
+        return replace(cell, defence=NONE, variant=self._variants(cell.attack, undefended)[-1])
+
+    def _chunk(
+        self, cell: _Cell, attack: Any, images: list[int], defended: _Defended, undefended: _Defended
+    ) -> list[Record]:
+        records: list[Record] = []
+        pixels = []
+        location = (0, 0)
+        origin = self._origin(cell, undefended)
+        pasted = None if origin is cell else self.store.patch(origin)
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
+            x, y, names = self._load(batch)
+            mask = np.asarray(attack.mask(x), dtype=bool) if hasattr(attack, "mask") else None
+            aim = _target_map(attack, y, batch)
+            if pasted is None:
+                adversarial = _generate(attack, x, y, batch)
+                _check(cell.attack, x, adversarial, mask, defended.segmenter)
+                location, part = _cut(adversarial, mask)
+                pixels.append(part)
+            else:
+                adversarial = Patch(pasted.pixels[start : start + len(batch)], pasted.location).paste(x)
+            records += self._records(cell, batch, names, x, y, adversarial, mask, aim, defended)
+        self.store.write(cell, records, None if pasted else Patch(torch.from_numpy(np.concatenate(pixels)), location))
+        return records
+
+    def _records(
+        self,
+        cell: _Cell,
+        images: list[int],
+        names: list[str],
+        x: NDArray[np.float32],
+        y: NDArray[np.int64],
+        adversarial: NDArray[np.float32],
+        mask: NDArray[np.bool_] | None,
+        aim: NDArray[np.int64] | None,
+        defended: _Defended,
+    ) -> list[Record]:
+        clean, attacked = defended.predict_clean(x, images), defended.predict(adversarial, images)
+        classes = len(self.data.classes)
+        counted = counted_pixels(y, mask, region=self.region)
+        whole = confusion(y, clean, counted_pixels(y), nb_classes=classes)
+        before = confusion(y, clean, counted, nb_classes=classes)
+        after = confusion(y, attacked, counted, nb_classes=classes)
+        changed = confusion(clean, attacked, counted, nb_classes=classes)
+        reached = None if aim is None else confusion(aim, attacked, counted, nb_classes=classes)
+        by_chance = None if aim is None else confusion(aim, clean, counted, nb_classes=classes)
+        return [
+            Record(
+                model=cell.model,
+                attack=cell.attack,
+                defence=cell.defence,
+                variant=cell.variant,
+                image=image,
+                name=name,
+                clean=before[i],
+                whole=whole[i],
+                adversarial=after[i],
+                changed=changed[i],
+                aim=None if reached is None else reached[i],
+                aim_clean=None if by_chance is None else by_chance[i],
+            )
+            for i, (image, name) in enumerate(zip(images, names, strict=True))
+        ]
+
+    def _figures(self, model: str, attack: str, applied: list[_Defended], undefended: _Defended) -> None:
+        """The image on which the undefended model is fooled most, and the median one, under every defence."""
+        if self.store.folder is None:
+            return
+        mine = [r for r in self.results.records if (r.model, r.attack) == (model, attack)]
+        ranked = sorted(worst(r for r in mine if r.defence == NONE), key=lambda r: np.nan_to_num(r.success, nan=-1.0))
+        made = None
+        for which, chosen in (("worst", ranked[-1]), ("median", ranked[(len(ranked) - 1) // 2])):
+            path = self.store.folder / "figures" / f"{_file_name(model)}--{_file_name(attack)}--{which}.png"
+            if path.exists():
+                continue
+            made = self._make(attack, "plain", undefended.segmenter) if made is None else made
+            image = chosen.image
+            x, y, _ = self._load([image])
+            mask = np.asarray(made.mask(x), dtype=bool)[0] if hasattr(made, "mask") else None
+            aim = _target_map(made, y, [image])
+            panels = []
+            for defended in applied:
+                (record,) = worst(r for r in mine if r.defence == defended.name and r.image == image)
+                adversarial = self._patched(record, undefended, x)
+                panels.append(
+                    Panel(
+                        title=defended.name,
+                        subtitle=f"{record.variant} attack\n{100 * record.success:.0f} % fooled",
+                        image=x[0],
+                        patched=adversarial[0],
+                        clean=defended.predict_clean(x, [image])[0],
+                        attacked=defended.predict(adversarial, [image])[0],
+                    )
+                )
+            save_figure(
+                path,
+                panels,
+                label=y[0],
+                target=None if aim is None else aim[0],
+                mask=mask,
+                classes=self.data.classes,
+                colors=self.data.colors,
+                title=f"{model}, attack {attack}, image {chosen.name}: the {which} one without defence",
+            )
+
+    def _patched(self, record: Record, undefended: _Defended, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        place = self.indices.index(record.image)
+        cell = _Cell(record.model, record.defence, record.attack, record.variant, place - place % CHUNK)
+        patch = self.store.patch(self._origin(cell, undefended))
+        return Patch(patch.pixels[place % CHUNK][None], patch.location).paste(x)
+
+    def _chunks(self) -> Iterator[tuple[int, list[int]]]:
+        for start in range(0, len(self.indices), CHUNK):
+            yield start, self.indices[start : start + CHUNK]
+
+    def _load(self, images: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
+        try:
+            x, y, names = stack(self.data, images)
+        except RuntimeError as error:
+            raise ValueError(f"images {list(images)} do not make a batch ({error}); give a size") from error
+        check_images(x)
+        check_labels(y, len(self.data.classes), IGNORE_INDEX, tuple(x.shape[-2:]))
+        return x.numpy(), y.numpy(), names
+
+
+# ---------------------------------------------------------------------------------------- what an attack gives back
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a keyword of that name can be given."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _generate(
+    attack: Any, x: NDArray[np.float32], y: NDArray[np.int64], images: Sequence[int]
+) -> NDArray[np.float32]:
+    # by name only: the **kwargs of ART's attacks are meant for other things
+    streams = {"images": images} if "images" in inspect.signature(attack.generate).parameters else {}
+    return np.asarray(attack.generate(x.copy(), y.copy(), **streams), dtype=np.float32)
+
+
+def _target_map(attack: Any, y: NDArray[np.int64], images: Sequence[int]) -> NDArray[np.int64] | None:
+    if not hasattr(attack, "target_map"):
+        return None
+    streams = {"images": images} if _takes(attack.target_map, "images") else {}
+    aim = attack.target_map(y.copy(), **streams)
+    return None if aim is None else np.asarray(aim, dtype=np.int64)
+
+
+def _check(
+    name: str,
+    x: NDArray[np.float32],
+    adversarial: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None,
+    segmenter: PyTorchSegmenter,
+) -> None:
+    """An attack that breaks the rules gives numbers that mean nothing, so it stops the run."""
+    if adversarial.shape != x.shape:
+        raise ValueError(f"attack {name!r} made images of shape {adversarial.shape} out of {x.shape}")
+    try:
+        check_images(adversarial, segmenter.clip_values)
+    except ValueError as error:
+        raise ValueError(f"attack {name!r} made no valid images: {error}") from error
+    if mask is not None and (adversarial != x)[np.broadcast_to(~mask[:, None], x.shape)].any():
+        raise ValueError(f"attack {name!r} changed pixels outside its mask")
+
+
+def _cut(
+    adversarial: NDArray[np.float32], mask: NDArray[np.bool_] | None
+) -> tuple[tuple[int, int], NDArray[np.float32]]:
+    """The smallest rectangle that holds every changed pixel, and what is in it."""
+    if mask is None or not mask.any():
+        return (0, 0), adversarial
+    rows, columns = (np.flatnonzero(mask.any(axis=axes)) for axes in ((0, 2), (0, 1)))
+    top, left = int(rows[0]), int(columns[0])
+    return (top, left), adversarial[..., top : rows[-1] + 1, left : columns[-1] + 1]
+
+
+# ------------------------------------------------------------------------------------------------------ the folder
+
+
+class _Store:
+    """Finished cells, in a folder or, without one, the undefended patches in memory."""
+
+    def __init__(self, folder: Path | None, classes: Sequence[str]) -> None:
+        self.folder, self.classes = folder, classes
+        self._patches: dict[_Cell, Patch] = {}
+
+    def open(self, configuration: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Make the folder, or see that it holds this very run."""
+        if self.folder is None:
+            return
+        path = self.folder / "config.json"
+        if not path.exists():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise ValueError(f"{self.folder} is not empty and holds no run; choose another folder")
+            packages = ("numpy", "torchvision", "adversarial-robustness-toolbox", "torchattacks", "kornia", "timm")
+            extra = {**environment, **_versions(*packages), "python": platform.python_version()}
+            write_whole(path, json.dumps({**configuration, "environment": extra}, indent=2) + "\n")
+            return
+        held = json.loads(path.read_text())
+        given = json.loads(json.dumps(configuration))
+        differing = [key for key in given if held.get(key) != given[key]]
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds another run: it differs in {', '.join(differing)}. "
+                "Choose another folder, or repeat the call that began it"
+            )
+
+    def _path(self, kind: str, cell: _Cell, suffix: str) -> Path:
+        assert self.folder is not None
+        return self.folder / kind / (cell.path + suffix)
+
+    def read(self, cell: _Cell) -> list[Record] | None:
+        if self.folder is None or not self._path("cells", cell, ".jsonl").exists():
+            return None
+        _, lines = read_lines(self._path("cells", cell, ".jsonl"))
+        return [Record.from_json(line, len(self.classes)) for line in lines]
+
+    def write(self, cell: _Cell, records: Sequence[Record], patch: Patch | None) -> None:
+        """Keep a finished cell; ``patch`` is ``None`` where it is another cell's."""
+        if self.folder is None:
+            if patch is not None and cell.defence == NONE:
+                self._patches[cell] = patch
+            return
+        if patch is not None:
+            path = self._path("patches", cell, ".safetensors")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            patch.save(path)
+        # the rows come last: a cell with rows is finished
+        write_lines(self._path("cells", cell, ".jsonl"), {"cell": vars(cell)}, [r.to_json() for r in records])
+
+    def patch(self, cell: _Cell) -> Patch:
+        return self._patches[cell] if self.folder is None else Patch.load(self._path("patches", cell, ".safetensors"))
+
+    def skip(self, skipped: Skipped) -> None:
+        if self.folder is not None:
+            path = self.folder / "cells" / _file_name(skipped.model) / f"{_file_name(skipped.defence)}.skipped.jsonl"
+            write_lines(path, {"skipped": vars(skipped)}, [])
+
+
+def _file_name(name: str) -> str:
+    """A name that every file system takes; different names stay different."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-")
+    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+def _list(names: Any, what: str) -> list[Any]:
+    listed = [names] if isinstance(names, (str, PyTorchSegmenter)) else list(names)
+    if not listed:
+        raise ValueError(f"no {what} given; at least one")
+    return listed
+
+
+def _unique(names: Sequence[str], what: str) -> None:
+    twice = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
+    if twice:
+        raise ValueError(f"{what} {', '.join(map(repr, twice))} given twice; a dict gives each a name of its own")
+
+
+def _attacks(attacks: str | Sequence[str] | Mapping[str, AttackFactory]) -> dict[str, AttackFactory]:
+    if isinstance(attacks, Mapping):
+        return {name: attacks[name] for name in _list(attacks, "attack")}
+    names = _list(attacks, "attack")
+    _unique(names, "attack")
+    known = attack_catalogue()
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown attack {name!r}; known: {', '.join(known)}")
+    return {name: known[name].factory for name in names}
+
+
+def _defences(defences: str | Sequence[str] | Mapping[str, DefenceFunction]) -> dict[str, DefenceFunction]:
+    if isinstance(defences, Mapping):
+        functions = dict(defences)
+    else:
+        names = _list(defences, "defence")
+        _unique(names, "defence")
+        functions = {name: defence_by_name(name) for name in names}
+    functions.pop(NONE, None)
+    return {NONE: defence_by_name(NONE), **functions}
+
+
+def _segmenters(
+    models: str | PyTorchSegmenter | Sequence[str | PyTorchSegmenter] | Mapping[str, PyTorchSegmenter],
+    data: SegmentationData,
+    first: int,
+    device_type: str | None,
+) -> dict[str, PyTorchSegmenter]:
+    if isinstance(models, Mapping):
+        named = list(models.items())
+    else:
+        named = [(m if isinstance(m, str) else type(m.model).__name__, m) for m in _list(models, "model")]
+    _unique([name for name, _ in named], "model")
+    segmenters = {}
+    for name, model in named:
+        if isinstance(model, str):
+            from evaluation.models import load_model
+
+            channels, height, width = data[first].image.shape
+            shape = (channels, height, width)
+            model = load_model(model, nb_classes=len(data.classes), input_shape=shape, device_type=device_type)
+        if not isinstance(model, PyTorchSegmenter):
+            raise ValueError(f"model {name!r} is a {type(model).__name__}; wrap it in a PyTorchSegmenter")
+        if model.nb_classes != len(data.classes):
+            raise ValueError(
+                f"model {name!r} has {model.nb_classes} classes and the data {len(data.classes)} "
+                f"({', '.join(data.classes[:3])}, …); they must be the same classes"
+            )
+        if model.ignore_index != IGNORE_INDEX:
+            raise ValueError(f"model {name!r} ignores {model.ignore_index}; the data's void label is {IGNORE_INDEX}")
+        segmenters[name] = model
+    if not segmenters:
+        raise ValueError("no model given; at least one")
+    return segmenters
+
+
+def _indices(images: int | Sequence[int] | None, length: int) -> list[int]:
+    if images is None:
+        return list(range(length))
+    if isinstance(images, int):
+        if not 1 <= images <= length:
+            raise ValueError(f"images={images}: the data set has {length}; 1 to {length}")
+        return [int(i) for i in np.linspace(0, length - 1, images).round()] if images > 1 else [0]
+    chosen = [int(i) for i in images]
+    if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= i < length for i in chosen):
+        raise ValueError(f"images={chosen}: different indices from 0 to {length - 1}, at least one")
+    return chosen
+
+
+def _identity(function: Callable[..., Any]) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def _plain_value(value: Any) -> Any:
+    """A value as JSON has it: itself, or what it prints as."""
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        return repr(value)
+
+
+def _model_fingerprint(segmenter: PyTorchSegmenter) -> str:
+    digest = hashlib.sha256(repr(segmenter.clip_values).encode())
+    for step in segmenter.preprocessing_operations:
+        digest.update(repr([type(step).__name__, *((name, getattr(step, name)) for name in step.params)]).encode())
+    for name, value in segmenter.model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"{type(segmenter.model).__name__}:{digest.hexdigest()[:16]}"
+
+
+def _data_fingerprint(data: SegmentationData, images: Sequence[int]) -> str:
+    digest = hashlib.sha256()
+    for image in images:
+        frame = data[image]
+        digest.update(str(tuple(frame.image.shape)).encode())
+        digest.update(frame.image.numpy().tobytes())
+        digest.update(frame.label.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@contextmanager
+def _progress(verbose: bool, total: float) -> Iterator[Tick]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, disable=not verbose, transient=True, speed_estimate_period=600
+    ) as progress:
+        task = progress.add_task("starting", total=total)
+
+        def tick(description: str, effort: float) -> None:
+            progress.update(task, description=description, advance=effort)
+
+        yield tick

@@ -1,0 +1,379 @@
+"""What an evaluation found: one record for each image and variant of the attack, and tables that are functions of them.
+
+A record holds confusion counts (``metrics``), nothing rounded and nothing averaged. Every number in a table, on a page
+or in a file comes from records alone, so a run can be merged, cut and read again without the models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from evaluation import metrics
+from evaluation.files import read_lines, write_whole
+from evaluation.metrics import Counts
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+#: How the attack deals with a defence: it does not know it; it knows it; its patch was made on the undefended model.
+VARIANTS = ("plain", "adaptive", "transfer")
+_KEY = ["model", "attack", "defence"]
+#: Columns of the table on the screen, beside the worst and the gain: of the summary, and what stands over them.
+_SHOWN = ("clean_miou", "adversarial_miou", "clean_success", "plain_success", "adaptive_success", "transfer_success")
+_HEADINGS = (
+    ("clean\nmIoU", 5), ("attacked\nmIoU", 8), ("fooled:\nnone", 7), ("\nplain", 5), ("\nadaptive", 8),
+    ("\ntransfer", 8), ("\nworst", 5), ("\ngain", 6),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One image, one model under one defence, one variant of one attack.
+
+    Attributes:
+        image: index in the data set. name: its name there.
+        clean: label against prediction without attack, counted pixels.
+        whole: the same on the whole image, void excepted.
+        adversarial: label against prediction under attack, counted pixels.
+        changed: prediction without attack against prediction under attack, counted pixels.
+        aim, aim_clean: target map against the prediction with and without attack; ``None`` for an attack without one.
+
+    Shape:
+        every count is int64 ``(C, C)``, reference down, prediction across.
+    """
+
+    model: str
+    attack: str
+    defence: str
+    variant: str
+    image: int
+    name: str
+    clean: Counts
+    whole: Counts
+    adversarial: Counts
+    changed: Counts
+    aim: Counts | None
+    aim_clean: Counts | None
+
+    @property
+    def success(self) -> float:
+        """Success rate on this image: pixels on target, or wrong ones where there is no target; NaN if none count."""
+        return metrics.error_rate(self.adversarial) if self.aim is None else metrics.success_rate(self.aim)
+
+    def to_json(self) -> str:
+        """One line, the same bytes for the same record; counts as ``[reference, prediction, pixels]`` where not 0."""
+        return json.dumps({name: _sparse(value) for name, value in vars(self).items()}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str, nb_classes: int) -> Record:
+        """Read what ``to_json`` wrote."""
+        values = json.loads(line)
+        for name in ("clean", "whole", "adversarial", "changed", "aim", "aim_clean"):
+            if values[name] is not None:
+                values[name] = _dense(values[name], nb_classes)
+        return cls(**values)
+
+
+def _sparse(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    return [[int(r), int(c), int(value[r, c])] for r, c in zip(*np.nonzero(value), strict=True)]
+
+
+def _dense(triples: list[list[int]], nb_classes: int) -> Counts:
+    counts = np.zeros((nb_classes, nb_classes), dtype=np.int64)
+    for row, column, pixels in triples:
+        counts[row, column] = pixels
+    return counts
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A defence that does not apply to a model, and why."""
+
+    model: str
+    defence: str
+    reason: str
+
+
+def _figures(records: Sequence[Record]) -> dict[str, float]:
+    """Every figure of a group of records, from the sum of their counts."""
+    clean, adversarial = (metrics.merge([getattr(r, part) for r in records]) for part in ("clean", "adversarial"))
+    aims = [r.aim for r in records if r.aim is not None]
+    aim = metrics.merge(aims) if aims else None
+    aim_clean = metrics.merge([r.aim_clean for r in records if r.aim_clean is not None]) if aims else None
+    return {
+        "success": metrics.error_rate(adversarial) if aim is None else metrics.success_rate(aim),
+        "clean_success": metrics.error_rate(clean) if aim_clean is None else metrics.success_rate(aim_clean),
+        "target_miou": math.nan if aim is None else metrics.target_miou(aim),
+        "adversarial_miou": metrics.mean_iou(adversarial),
+        "pixel_accuracy": metrics.pixel_accuracy(adversarial),
+        "iou_ratio": metrics.iou_ratio(adversarial, clean),
+        "changed": metrics.changed_share(metrics.merge([r.changed for r in records])),
+        "clean_miou": metrics.mean_iou(metrics.merge([r.whole for r in records])),
+        "clean_region_miou": metrics.mean_iou(clean),
+        "clean_pixel_accuracy": metrics.pixel_accuracy(clean),
+    }
+
+
+def worst(records: Iterable[Record]) -> list[Record]:
+    """For each image the record with the highest success rate; of equals, the first in the order of ``VARIANTS``."""
+    best: dict[int, Record] = {}
+    for record in sorted(records, key=lambda r: _order(r.variant)):
+        score = -1.0 if math.isnan(record.success) else record.success
+        held = best.get(record.image)
+        if held is None or score > (-1.0 if math.isnan(held.success) else held.success):
+            best[record.image] = record
+    return [best[image] for image in sorted(best)]
+
+
+def _order(variant: str) -> tuple[int, str]:
+    return (VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)), variant
+
+
+@dataclass(eq=False)
+class Results:
+    """Records of a run, and the tables made from them.
+
+    Attributes:
+        records: one for each model × attack × defence × variant × image.
+        skipped: defences that do not apply to a model.
+        classes: names of the classes.
+        configuration: what decides the run, as in its ``config.json``.
+        interrupted: the run was stopped; what was finished is here.
+    """
+
+    records: list[Record]
+    classes: Sequence[str]
+    skipped: list[Skipped] = field(default_factory=list)
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    interrupted: bool = False
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """One row for each record, its figures from the counts of that image alone; shares from 0 to 1."""
+        return pd.DataFrame(
+            [
+                {name: getattr(r, name) for name in (*_KEY, "variant", "image", "name")} | _figures([r])
+                for r in self.records
+            ]
+        )
+
+    def groups(self) -> Iterator[tuple[tuple[str, str, str], dict[str, list[Record]]]]:
+        """``(model, attack, defence)`` and its records by variant, on the images that all its variants have."""
+        grouped: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
+        for record in self.records:
+            cell = grouped.setdefault((record.model, record.attack, record.defence), {})
+            cell.setdefault(record.variant, []).append(record)
+        for key, variants in grouped.items():
+            common = set.intersection(*({r.image for r in records} for records in variants.values()))
+            yield key, {
+                variant: sorted((r for r in variants[variant] if r.image in common), key=lambda r: r.image)
+                for variant in sorted(variants, key=_order)
+            }
+
+    def summary(self) -> pd.DataFrame:
+        """One row for each model, attack and defence; shares from 0 to 1.
+
+        Columns:
+            model, attack, defence, images: the cell, and how many images it has.
+            success: attack success rate. Counted pixels predicted as the target / counted pixels that have a target
+                (for an attack without a target: counted pixels predicted wrong / counted pixels), the worst variant of
+                the attack taken for each image. ``success_drop``: how much lower than without defence.
+            target_miou, adversarial_miou, pixel_accuracy, iou_ratio, changed: of the same worst records.
+            clean_success: ``success`` of no attack at all, by the same target and pixels.
+            clean_miou: mIoU without attack, this defence in place, whole image; clean_region_miou and
+                clean_pixel_accuracy: on the counted pixels.
+            VARIANT_success, VARIANT_target_miou, VARIANT_adversarial_miou: of one variant of the attack.
+            note: why the defence does not apply to the model; empty otherwise.
+        """
+        table: list[dict[str, Any]] = []
+        for (model, attack, defence), variants in self.groups():
+            chosen = worst(r for records in variants.values() for r in records)
+            if not chosen:
+                continue
+            row: dict[str, Any] = dict(zip(_KEY, (model, attack, defence), strict=True))
+            row |= {"images": len(chosen), "note": ""} | _figures(chosen)
+            for variant in VARIANTS:
+                figures = _figures(variants[variant]) if variant in variants else {}
+                for name in ("success", "target_miou", "adversarial_miou"):
+                    row[f"{variant}_{name}"] = figures.get(name, math.nan)
+            table.append(row)
+        attacks = list(dict.fromkeys(row["attack"] for row in table))
+        for skip in self.skipped:
+            table += [
+                {"model": skip.model, "attack": attack, "defence": skip.defence, "images": 0, "note": skip.reason}
+                for attack in attacks
+            ]
+        columns = [*_KEY, "images", "success", "success_drop", *_columns(), "note"]
+        frame = pd.DataFrame(table).reindex(columns=columns)
+        undefended = {(row["model"], row["attack"]): row["success"] for row in table if row["defence"] == "none"}
+        frame["success_drop"] = [
+            undefended.get((m, a), math.nan) - s
+            for m, a, s in zip(frame["model"], frame["attack"], frame["success"], strict=True)
+        ]
+        order = {axis: self._names(axis) for axis in _KEY}
+        place = [
+            tuple(_index(order[axis], row[axis]) for axis in ("attack", "model", "defence"))
+            for row in frame.to_dict("records")
+        ]
+        return frame.iloc[sorted(range(len(frame)), key=place.__getitem__)].reset_index(drop=True)
+
+    def _names(self, axis: str) -> list[str]:
+        """Models, attacks or defences in the order in which they were given."""
+        given = list(self.configuration.get(f"{axis}s", ()))
+        return list(dict.fromkeys(given + [getattr(record, axis) for record in self.records]))
+
+    def table(self) -> Group:
+        """The summary for the screen (``rich``): percentages, and what each defence gains."""
+        return _table(self)
+
+    def sentences(self) -> list[str]:
+        """What the table shows, one plain sentence for each model, attack and defence."""
+        return list(_sentences(self.summary()))
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the summary as CSV."""
+        write_whole(Path(path), self.summary().to_csv(index=False))
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the summary as a JSON list of objects; what is not a number is ``null``."""
+        write_whole(Path(path), self.summary().to_json(orient="records", indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Results:
+        """Read a run's folder, finished or not.
+
+        Raises:
+            FileNotFoundError: no run in it.
+            ValueError: a damaged file, which is named.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"{folder} holds no run: it has no config.json")
+        configuration = json.loads((folder / "config.json").read_text())
+        classes = configuration["data"]["classes"]
+        records, skipped = [], []
+        for path in sorted((folder / "cells").rglob("*.jsonl")):
+            header, lines = read_lines(path)
+            if "skipped" in header:
+                skipped.append(Skipped(**header["skipped"]))
+            records += [Record.from_json(line, len(classes)) for line in lines]
+        axes = {axis: list(configuration[f"{axis}s"]) for axis in _KEY}
+        records.sort(
+            key=lambda r: (
+                *(_index(axes[axis], getattr(r, axis)) for axis in _KEY), _order(r.variant), r.image,
+            )
+        )  # fmt: skip
+        skipped.sort(key=lambda s: (_index(axes["model"], s.model), _index(axes["defence"], s.defence)))
+        return cls(records, classes, skipped, configuration)
+
+
+def _columns() -> list[str]:
+    shared = [
+        "clean_success", "target_miou", "adversarial_miou", "pixel_accuracy", "iou_ratio", "changed", "clean_miou",
+        "clean_region_miou", "clean_pixel_accuracy",
+    ]  # fmt: skip
+    return shared + [f"{v}_{name}" for v in VARIANTS for name in ("success", "target_miou", "adversarial_miou")]
+
+
+def _index(names: Sequence[str], name: str) -> int:
+    return names.index(name) if name in names else len(names)
+
+
+def _percent(value: float) -> str:
+    return "—" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _gain(drop: float, defence: str) -> str:
+    if defence == "none" or math.isnan(drop):
+        return ""
+    points = round(100 * drop, 1)
+    if points == 0:
+        return "= 0.0"
+    return f"[green]▼ {points:.1f}[/green]" if points > 0 else f"[red]▲ {-points:.1f}[/red]"
+
+
+def _caption(results: Results, counts: set[int]) -> str:
+    """What a newcomer needs to read the table, and nothing that is not in this one."""
+    present = {record.variant for record in results.records}
+    under = "pixels under the patch" if results.configuration.get("region", "outside") == "outside" else ""
+    lines = [
+        f"{counts.pop()} images. All numbers are %." if len(counts) == 1 else "All numbers are %.",
+        "INTERRUPTED: only what was finished is here." if results.interrupted else "",
+        "fooled: pixels that the model takes for the attacker's target class / pixels with a target; low is robust.",
+        "  (For an attack without a target: pixels predicted wrong / pixels.)"
+        if any(record.aim is None for record in results.records)
+        else "",
+        "  none: no attack. plain: the attack does not know the defence." if present - {"plain"} else "",
+        "  adaptive: it does. transfer: its patch was made on the undefended model." if present - {"plain"} else "",
+        "  worst: the strongest of these on each image. gain: ▼ fewer pixels fooled than without defence."
+        if present - {"plain"}
+        else "",
+        f"Void pixels{' and ' + under if under else ''} count nowhere; clean mIoU is of the whole image.",
+        *(f"n/a: {skip.defence} does not apply to {skip.model}: {skip.reason}" for skip in results.skipped),
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _table(results: Results) -> Group:
+    from rich import box
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    frame = results.summary()
+    names = {name: max((len(str(value)) for value in frame[name]), default=0) for name in ("model", "defence")}
+    counts = {int(n) for n in frame["images"] if n}
+    parts: list[Any] = []
+    for attack, rows in frame.groupby("attack", sort=False):
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title=f"attack: {escape(str(attack))}",
+            title_justify="left",
+            title_style="bold",
+            padding=0,
+        )
+        for heading, width in names.items():
+            table.add_column(heading, min_width=min(width, 14), overflow="fold")
+        for heading, width in _HEADINGS:
+            table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+        if len(counts) > 1:
+            table.add_column("images", justify="right", no_wrap=True)
+        shown = ""
+        for row in rows.to_dict("records"):
+            name, shown = ("" if row["model"] == shown else row["model"]), row["model"]
+            cells = [_percent(row[column]) for column in _SHOWN]
+            gain = "n/a" if row["note"] else _gain(row["success_drop"], row["defence"])
+            cells += [f"[bold]{_percent(row['success'])}[/bold]", gain]
+            if len(counts) > 1:
+                cells.append(str(row["images"]) if row["images"] else "—")
+            table.add_row(escape(name), escape(row["defence"]), *cells)
+        parts.append(table)
+    return Group(*parts, Text(_caption(results, counts), style="dim"))
+
+
+def _sentences(frame: pd.DataFrame) -> Iterator[str]:
+    rows = frame.to_dict("records")
+    plain = {(row["model"], row["attack"]): row for row in rows if row["defence"] == "none"}
+    for row in rows:
+        before = plain.get((row["model"], row["attack"]))
+        if row["defence"] == "none" or before is None or row["note"] or math.isnan(row["success"]):
+            continue
+        points = round(100 * (before["success"] - row["success"]), 1)
+        verb = "lowers" if points > 0 else "raises" if points < 0 else "does not change"
+        yield (
+            f"On {row['model']}, {row['defence']} {verb} the share of pixels that the {row['attack']} patch fools: "
+            f"{_percent(before['success'])} % without it, {_percent(row['success'])} % with it (the strongest variant "
+            f"of the attack on each image); clean mIoU {_percent(before['clean_miou'])} % and "
+            f"{_percent(row['clean_miou'])} %."
+        )
