@@ -101,8 +101,8 @@ def evaluate(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the table and the figures.")] = Path("runs/demo"),
-    images: Annotated[int, typer.Option(help="How many scenes are attacked.")] = 6,
-    max_iter: Annotated[int, typer.Option(help="Steps of each attack.")] = 60,
+    images: Annotated[int, typer.Option(help="How many scenes are attacked.")] = 4,
+    max_iter: Annotated[int, typer.Option(help="Steps of each attack.")] = 50,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """A patch attack on two small models and RAM against it, on drawn street scenes: no data needed."""

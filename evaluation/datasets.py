@@ -40,10 +40,10 @@ CAMVID_COLORS = (
     (220, 38, 127),
     (20, 20, 20),
 )
-VOC_CLASSES = tuple(
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-    "pottedplant sheep sofa train tvmonitor".split()
-)
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -63,9 +63,10 @@ class Frame(NamedTuple):
 class SegmentationData(Protocol):
     """What an evaluation needs of a data set; any object that has these four will do."""
 
-    classes: Sequence[str]
-    colors: Sequence[tuple[int, int, int]]
-
+    @property
+    def classes(self) -> Sequence[str]: ...
+    @property
+    def colors(self) -> Sequence[tuple[int, int, int]]: ...
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Frame: ...
@@ -172,7 +173,12 @@ def camvid(root: str | Path, split: str = "test", *, size: tuple[int, int] | Non
     """
     root = Path(root)
     return FolderData(
-        root / "images" / split, root / "labels" / split, classes=CAMVID_CLASSES, colors=CAMVID_COLORS, void=11, size=size
+        root / "images" / split,
+        root / "labels" / split,
+        classes=CAMVID_CLASSES,
+        colors=CAMVID_COLORS,
+        void=11,
+        size=size,
     )
 
 
@@ -266,7 +272,8 @@ def load_data(name: str, *, size: tuple[int, int] | None = None) -> Segmentation
 
         if rest and not rest.isdecimal():
             raise ValueError(f"data {name!r}: after 'scenes:' comes the number of scenes, as in 'scenes:50'")
-        return StreetScenes(int(rest or 100), **({} if size is None else {"size": size}))
+        length = int(rest or 100)
+        return StreetScenes(length) if size is None else StreetScenes(length, size=size)
     if kind not in ("camvid", "folder", "voc", "cityscapes"):
         raise ValueError(
             f"unknown data {name!r}; known: 'scenes[:LENGTH]', 'camvid:PATH[:SPLIT]', 'folder:PATH[:SPLIT]', "

@@ -12,12 +12,7 @@ none.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import inspect
-import json
-import platform
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,9 +26,11 @@ from attacks.catalogue import attacks as attack_catalogue
 from attacks.patch import Patch
 from evaluation.datasets import IGNORE_INDEX, SegmentationData, load_data, stack
 from evaluation.figures import Panel, save_figure
-from evaluation.files import read_lines, write_lines, write_whole
+from evaluation.files import write_whole
+from evaluation.fingerprints import data_fingerprint, identity, model_fingerprint, plain_value, versions_of
 from evaluation.metrics import REGIONS, Region, confusion, counted_pixels
 from evaluation.results import Record, Results, Skipped, worst
+from evaluation.store import NONE, Cell, Store, file_name
 from ramdefense.checks import check_images, check_labels
 from ramdefense.defences import defence as defence_by_name
 from ramdefense.segmenter import PyTorchSegmenter
@@ -47,7 +44,6 @@ Tick = Callable[[str, float], None]
 
 #: Images whose rows share a file: what an interrupted run loses at most. The rows do not depend on it.
 CHUNK = 16
-NONE = "none"
 _PLAIN = {"defence_samples": 1, "straight_through": False}
 #: About how long a variant takes, in units of the plain one: what the remaining time is estimated from.
 _EFFORT = {"plain": 1.0, "adaptive": 4.0, "transfer": 0.05}
@@ -117,21 +113,21 @@ def evaluate(
     indices = _indices(images, len(frames))
     segmenters = _segmenters(models, frames, indices[0], device_type)
     configuration: dict[str, Any] = {
-        "models": {name: _model_fingerprint(segmenter) if out else "" for name, segmenter in segmenters.items()},
-        "attacks": {name: _identity(factory) for name, factory in factories.items()},
-        "defences": {name: _identity(function) for name, function in functions.items()},
+        "models": {name: model_fingerprint(segmenter) if out else "" for name, segmenter in segmenters.items()},
+        "attacks": {name: identity(factory) for name, factory in factories.items()},
+        "defences": {name: identity(function) for name, function in functions.items()},
         "data": {
             "name": data if isinstance(data, str) else type(data).__name__,
             "classes": list(frames.classes),
             "images": indices,
-            "fingerprint": _data_fingerprint(frames, indices) if out else "",
+            "fingerprint": data_fingerprint(frames, indices) if out else "",
         },
-        "options": {name: _plain_value(value) for name, value in sorted(given.items())},
+        "options": {name: plain_value(value) for name, value in sorted(given.items())},
         "seed": seed,
         "region": region,
-        "versions": _versions("ramdefense", "torch"),
+        "versions": versions_of("ramdefense", "torch"),
     }
-    store = _Store(Path(out) if out is not None else None, frames.classes)
+    store = Store(Path(out) if out is not None else None, frames.classes)
     store.open(configuration, {"batch_size": batch_size, "device_type": device_type})
     results = Results([], frames.classes, [], configuration)
     options = {**given, "seed": seed, "batch_size": batch_size, "verbose": False}
@@ -151,22 +147,6 @@ def evaluate(
 
 
 # ------------------------------------------------------------------------------------------------------- one run
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """What decides a file of rows, beside the configuration of the run."""
-
-    model: str
-    defence: str
-    attack: str
-    variant: str
-    chunk: int  # position of its first image among the run's images
-
-    @property
-    def path(self) -> str:
-        folders = "/".join(_file_name(name) for name in (self.model, self.attack, self.defence))
-        return f"{folders}/{self.variant}-{self.chunk:05d}"
 
 
 @dataclass
@@ -198,7 +178,7 @@ class _Run:
     options: dict[str, Any]
     region: Region
     batch_size: int
-    store: _Store
+    store: Store
     tick: Tick
     results: Results
 
@@ -266,7 +246,7 @@ class _Run:
         """Every chunk of images of one model, attack, defence and variant."""
         made: Any = None
         for chunk, images in self._chunks():
-            cell = _Cell(model, defended.name, attack, variant, chunk)
+            cell = Cell(model, defended.name, attack, variant, chunk)
             label = f"{model} · {attack} · {defended.name} · {variant}"
             records = self.store.read(cell)
             if records is None:
@@ -277,14 +257,14 @@ class _Run:
             self.results.records += records
             self.tick(label, _EFFORT[variant] * len(images))
 
-    def _origin(self, cell: _Cell, undefended: _Defended) -> _Cell:
+    def _origin(self, cell: Cell, undefended: _Defended) -> Cell:
         """The cell that made the patch: for ``transfer`` the undefended model's, the adaptive one if it has one."""
         if cell.variant != "transfer":
             return cell
         return replace(cell, defence=NONE, variant=self._variants(cell.attack, undefended)[-1])
 
     def _chunk(
-        self, cell: _Cell, attack: Any, images: list[int], defended: _Defended, undefended: _Defended
+        self, cell: Cell, attack: Any, images: list[int], defended: _Defended, undefended: _Defended
     ) -> list[Record]:
         records: list[Record] = []
         pixels = []
@@ -309,7 +289,7 @@ class _Run:
 
     def _records(
         self,
-        cell: _Cell,
+        cell: Cell,
         images: list[int],
         names: list[str],
         x: NDArray[np.float32],
@@ -354,7 +334,7 @@ class _Run:
         ranked = sorted(worst(r for r in mine if r.defence == NONE), key=lambda r: np.nan_to_num(r.success, nan=-1.0))
         made = None
         for which, chosen in (("worst", ranked[-1]), ("median", ranked[(len(ranked) - 1) // 2])):
-            path = self.store.folder / "figures" / f"{_file_name(model)}--{_file_name(attack)}--{which}.png"
+            path = self.store.folder / "figures" / f"{file_name(model)}--{file_name(attack)}--{which}.png"
             if path.exists():
                 continue
             made = self._make(attack, "plain", undefended.segmenter) if made is None else made
@@ -389,7 +369,7 @@ class _Run:
 
     def _patched(self, record: Record, undefended: _Defended, x: NDArray[np.float32]) -> NDArray[np.float32]:
         place = self.indices.index(record.image)
-        cell = _Cell(record.model, record.defence, record.attack, record.variant, place - place % CHUNK)
+        cell = Cell(record.model, record.defence, record.attack, record.variant, place - place % CHUNK)
         patch = self.store.patch(self._origin(cell, undefended))
         return Patch(patch.pixels[place % CHUNK][None], patch.location).paste(x)
 
@@ -459,75 +439,6 @@ def _cut(
     rows, columns = (np.flatnonzero(mask.any(axis=axes)) for axes in ((0, 2), (0, 1)))
     top, left = int(rows[0]), int(columns[0])
     return (top, left), adversarial[..., top : rows[-1] + 1, left : columns[-1] + 1]
-
-
-# ------------------------------------------------------------------------------------------------------ the folder
-
-
-class _Store:
-    """Finished cells, in a folder or, without one, the undefended patches in memory."""
-
-    def __init__(self, folder: Path | None, classes: Sequence[str]) -> None:
-        self.folder, self.classes = folder, classes
-        self._patches: dict[_Cell, Patch] = {}
-
-    def open(self, configuration: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Make the folder, or see that it holds this very run."""
-        if self.folder is None:
-            return
-        path = self.folder / "config.json"
-        if not path.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise ValueError(f"{self.folder} is not empty and holds no run; choose another folder")
-            packages = ("numpy", "torchvision", "adversarial-robustness-toolbox", "torchattacks", "kornia", "timm")
-            extra = {**environment, **_versions(*packages), "python": platform.python_version()}
-            write_whole(path, json.dumps({**configuration, "environment": extra}, indent=2) + "\n")
-            return
-        held = json.loads(path.read_text())
-        given = json.loads(json.dumps(configuration))
-        differing = [key for key in given if held.get(key) != given[key]]
-        if differing:
-            raise ValueError(
-                f"{self.folder} holds another run: it differs in {', '.join(differing)}. "
-                "Choose another folder, or repeat the call that began it"
-            )
-
-    def _path(self, kind: str, cell: _Cell, suffix: str) -> Path:
-        assert self.folder is not None
-        return self.folder / kind / (cell.path + suffix)
-
-    def read(self, cell: _Cell) -> list[Record] | None:
-        if self.folder is None or not self._path("cells", cell, ".jsonl").exists():
-            return None
-        _, lines = read_lines(self._path("cells", cell, ".jsonl"))
-        return [Record.from_json(line, len(self.classes)) for line in lines]
-
-    def write(self, cell: _Cell, records: Sequence[Record], patch: Patch | None) -> None:
-        """Keep a finished cell; ``patch`` is ``None`` where it is another cell's."""
-        if self.folder is None:
-            if patch is not None and cell.defence == NONE:
-                self._patches[cell] = patch
-            return
-        if patch is not None:
-            path = self._path("patches", cell, ".safetensors")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            patch.save(path)
-        # the rows come last: a cell with rows is finished
-        write_lines(self._path("cells", cell, ".jsonl"), {"cell": vars(cell)}, [r.to_json() for r in records])
-
-    def patch(self, cell: _Cell) -> Patch:
-        return self._patches[cell] if self.folder is None else Patch.load(self._path("patches", cell, ".safetensors"))
-
-    def skip(self, skipped: Skipped) -> None:
-        if self.folder is not None:
-            path = self.folder / "cells" / _file_name(skipped.model) / f"{_file_name(skipped.defence)}.skipped.jsonl"
-            write_lines(path, {"skipped": vars(skipped)}, [])
-
-
-def _file_name(name: str) -> str:
-    """A name that every file system takes; different names stay different."""
-    safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-")
-    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -614,49 +525,6 @@ def _indices(images: int | Sequence[int] | None, length: int) -> list[int]:
     if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= i < length for i in chosen):
         raise ValueError(f"images={chosen}: different indices from 0 to {length - 1}, at least one")
     return chosen
-
-
-def _identity(function: Callable[..., Any]) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-
-
-def _plain_value(value: Any) -> Any:
-    """A value as JSON has it: itself, or what it prints as."""
-    try:
-        return json.loads(json.dumps(value))
-    except TypeError:
-        return repr(value)
-
-
-def _model_fingerprint(segmenter: PyTorchSegmenter) -> str:
-    digest = hashlib.sha256(repr(segmenter.clip_values).encode())
-    for step in segmenter.preprocessing_operations:
-        digest.update(repr([type(step).__name__, *((name, getattr(step, name)) for name in step.params)]).encode())
-    for name, value in segmenter.model.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return f"{type(segmenter.model).__name__}:{digest.hexdigest()[:16]}"
-
-
-def _data_fingerprint(data: SegmentationData, images: Sequence[int]) -> str:
-    digest = hashlib.sha256()
-    for image in images:
-        frame = data[image]
-        digest.update(str(tuple(frame.image.shape)).encode())
-        digest.update(frame.image.numpy().tobytes())
-        digest.update(frame.label.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 @contextmanager

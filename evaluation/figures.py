@@ -122,7 +122,7 @@ def save_figure(
         swatches.append(Swatch(facecolor=_hex(_VOID), edgecolor="0.4", linewidth=0.5, label="void"))
     if mask is not None:
         swatches.append(Swatch(facecolor="none", edgecolor=_OUTLINE, label="patch"))
-    figure.legend(handles=swatches, loc="lower center", ncols=min(len(swatches), 12), fontsize=8, frameon=False)
+    figure.legend(handles=swatches, loc="lower center", ncols=min(len(swatches), 14), fontsize=8, frameon=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -60,7 +60,8 @@ def load_model(
     device_type = device_type or ("gpu" if torch.cuda.is_available() else "cpu")
     base, _, weights = name.partition("@")
     kind, _, rest = base.partition(":")
-    mean, std = MEAN, STD
+    mean: Sequence[float] = MEAN
+    std: Sequence[float] = STD
     if kind == "zoo" or base.endswith(".safetensors"):
         path = ZOO / f"{rest}.safetensors" if kind == "zoo" else Path(base)
         if kind == "zoo" and not path.exists():
@@ -174,8 +175,8 @@ def _transformers(name: str) -> tuple[nn.Module, int, tuple[float, ...], tuple[f
         raise ValueError(f"model 'hf:{name}' needs transformers: pip install 'ramdefense[transformers]'") from error
     config = transformers.AutoConfig.from_pretrained(name)
     universal = config.model_type in ("maskformer", "mask2former", "oneformer")
-    auto = transformers.AutoModelForUniversalSegmentation if universal else transformers.AutoModelForSemanticSegmentation
-    model = auto.from_pretrained(name)
+    task = "Universal" if universal else "Semantic"
+    model = getattr(transformers, f"AutoModelFor{task}Segmentation").from_pretrained(name)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name)
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)

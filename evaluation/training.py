@@ -107,7 +107,7 @@ class _Augment:
         theta[:, 0, 2] = self._uniform(count, -1, 1) * slack
         theta[:, 1, 2] = self._uniform(count, -1, 1) * slack
         grid = F.affine_grid(theta, [count, 3, *self.size], align_corners=False)
-        image = F.grid_sample(images.float() / 255, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        image = F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
         outside = (grid.abs() > 1).any(dim=-1)
         label = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
         label = label[:, 0].round().long().masked_fill(outside, IGNORE_INDEX)
@@ -130,7 +130,7 @@ def score(model: nn.Module, data: SegmentationData, *, batch_size: int = 16) -> 
     counts = []
     for start in range(0, len(data), batch_size):
         images, labels, _ = stack(data, range(start, min(start + batch_size, len(data))))
-        prediction = logits_of(model(_normalise(images)), labels.shape[-2:]).argmax(dim=1)
+        prediction = logits_of(model(_normalise(images)), (labels.shape[-2], labels.shape[-1])).argmax(dim=1)
         counted = counted_pixels(labels, ignore_index=IGNORE_INDEX)
         counts.append(confusion(labels, prediction, counted, nb_classes=len(data.classes)))
     total = merge(np.concatenate(counts))
@@ -201,7 +201,7 @@ def train(
             chosen, order = order[: recipe.batch_size], order[recipe.batch_size :]
             x, y = augment(images[chosen], labels[chosen])
             model.train()
-            logits = logits_of(model(_normalise(x)), y.shape[-2:])
+            logits = logits_of(model(_normalise(x)), recipe.size)
             loss = F.cross_entropy(logits, y, weight=weight, ignore_index=IGNORE_INDEX)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

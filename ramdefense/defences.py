@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import functools
+import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ramdefense.ram import RAMDefense
 from ramdefense.segmenter import PyTorchSegmenter
@@ -34,16 +37,38 @@ def register_defence(name: str) -> Callable[[D], D]:
 
 
 def defence(name: str) -> Defence:
-    """The defence of that name.
+    """The defence of that name, which may carry options: ``"ram:suppression=cap,max_attention=2/N"``.
 
     Raises:
-        ValueError: no such defence; the message lists those there are.
+        ValueError: no such defence, or an option that it does not have; the message lists those there are.
     """
-    if name not in _DEFENCES:
-        close = difflib.get_close_matches(str(name), _DEFENCES, n=1)
+    base, _, text = str(name).partition(":")
+    if base not in _DEFENCES:
+        close = difflib.get_close_matches(base, _DEFENCES, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"no defence is named {name!r}: {hint}there are {', '.join(map(repr, defences()))}")
-    return _DEFENCES[name]
+        raise ValueError(f"no defence is named {base!r}: {hint}there are {', '.join(map(repr, defences()))}")
+    function = _DEFENCES[base]
+    if not text:
+        return function
+    options = dict(_option(name, part) for part in text.split(","))
+    # a class says its options in __init__, after self
+    signature = inspect.signature(getattr(function, "__init__") if isinstance(function, type) else function)  # noqa: B009
+    try:
+        signature.bind(*[None] * (1 + isinstance(function, type)), **options)
+    except TypeError as error:
+        known = [p.name for p in signature.parameters.values() if p.default is not p.empty]
+        raise ValueError(f"defence {name!r}: {error}; its options are {', '.join(known) or 'none'}") from error
+    return functools.partial(function, **options)
+
+
+def _option(name: str, text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip().isidentifier():
+        raise ValueError(f"defence {name!r}: {text!r} is no option; write NAME:KEY=VALUE,KEY=VALUE")
+    try:
+        return key.strip(), ast.literal_eval(value)
+    except (ValueError, SyntaxError):  # a word, or "3/N"
+        return key.strip(), value.strip()
 
 
 def defences() -> list[str]:

@@ -36,7 +36,7 @@ def preprocess(
             images, y = step.forward(images.clone() if images is x else images, y)
         else:
             images, y = _through_numpy(step, images, y)
-        images = images.to(x.dtype)  # NumPy 2 promotes to float64 in some of ART's preprocessors
+        images = images.to(x.dtype)  # ART's standardisation makes float32 of half precision
     return images, y
 
 
@@ -59,6 +59,7 @@ def _through_numpy(step: Preprocessor, x: Tensor, y: Tensor | None) -> tuple[Ten
     """A preprocessor that works on arrays as a differentiable step on tensors."""
     array = x.detach().cpu().numpy().copy()
     processed, labels = step(array.copy(), None if y is None else y.cpu().numpy())
+    # NumPy 2 promotes to float64 in some of ART's preprocessors.
     result = _EstimatedGradient.apply(x, torch.tensor(processed, dtype=x.dtype, device=x.device), step, array)
     return result, None if y is None else torch.tensor(labels, device=y.device)
 

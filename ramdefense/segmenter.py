@@ -468,7 +468,6 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
             model: put on the device; not copied.
         """
         other = copy.copy(self)
-        other.preprocessing_operations = list(self.preprocessing_operations)
         other._own_draws = 0
         other.set_params(model=model, optimizer=None)
         return other

@@ -46,16 +46,16 @@ def test_a_saved_file_comes_back_with_the_same_logits(tmp_path) -> None:
 def test_weights_of_ones_own(tmp_path) -> None:
     model = load_model("smp:fpn:tu-mobilenetv3_small_minimal_100", nb_classes=4, pretrained=False).model
     save(model, _card("smp:fpn:tu-mobilenetv3_small_minimal_100"), tmp_path / "mine")
-    again = load_model(
-        f"smp:fpn:tu-mobilenetv3_small_minimal_100@{tmp_path / 'mine.safetensors'}", nb_classes=4, input_shape=(3, 32, 32)
-    )
+    name = f"smp:fpn:tu-mobilenetv3_small_minimal_100@{tmp_path / 'mine.safetensors'}"
+    again = load_model(name, nb_classes=4, input_shape=(3, 32, 32))
     from_card = load_model(str(tmp_path / "mine.safetensors"))
     for one, two in zip(again.model.parameters(), from_card.model.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
 def test_torchvision_and_factory(monkeypatch, tmp_path) -> None:
-    segmenter = load_model("torchvision:lraspp_mobilenet_v3_large", pretrained=False, nb_classes=3, input_shape=(3, 32, 48))
+    name = "torchvision:lraspp_mobilenet_v3_large"
+    segmenter = load_model(name, pretrained=False, nb_classes=3, input_shape=(3, 32, 48))
     assert segmenter.predict(np.zeros((1, 3, 32, 48), np.float32)).shape == (1, 3, 32, 48)
     (tmp_path / "my_models.py").write_text(
         "from torch import nn\nfrom ramdefense import PyTorchSegmenter\n"

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from art.defences.postprocessor import HighConfidence
 from art.defences.preprocessor import (
     FeatureSqueezing,
-    GaussianAugmentation,
     JpegCompression,
     SpatialSmoothing,
     SpatialSmoothingPyTorch,
 )
-from art.defences.preprocessor.preprocessor import Preprocessor
+from art.defences.preprocessor.preprocessor import Preprocessor, PreprocessorPyTorch
 from art.estimators.estimator import BaseEstimator, LossGradientsMixin, NeuralNetworkMixin
 from art.preprocessing.expectation_over_transformation import EoTBrightnessPyTorch
 from tiny import NB_CLASSES, SHAPE, coloured_shapes, linear_cnn, random_images, random_labels, tiny_attention, tiny_cnn
@@ -272,9 +271,9 @@ def test_training_mode_on_request(tiny_segmenter: PyTorchSegmenter, x: np.ndarra
 
 
 def test_double_and_half_models_take_and_give_what_everything_else_does(x: np.ndarray, y: np.ndarray) -> None:
-    expected = PyTorchSegmenter(linear_cnn(), NB_CLASSES, SHAPE)
+    expected = PyTorchSegmenter(linear_cnn(), NB_CLASSES, SHAPE, preprocessing=(MEAN, STD))
     for model, tolerance in ((linear_cnn().double(), 1e-6), (linear_cnn().bfloat16(), 0.05)):
-        segmenter = PyTorchSegmenter(model, NB_CLASSES, SHAPE)
+        segmenter = PyTorchSegmenter(model, NB_CLASSES, SHAPE, preprocessing=(MEAN, STD))
         assert segmenter.predict(x).dtype == segmenter.loss_gradient(x, y).dtype == np.float32
         assert np.allclose(segmenter.predict(x), expected.predict(x), atol=tolerance)
 
@@ -333,6 +332,7 @@ def test_class_queries_become_the_log_of_their_scores() -> None:
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.slow  # imports
 def test_torchvision_models(x: np.ndarray, y: np.ndarray) -> None:
     from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
@@ -342,6 +342,7 @@ def test_torchvision_models(x: np.ndarray, y: np.ndarray) -> None:
     assert np.abs(segmenter.loss_gradient(x, y)).max() > 0
 
 
+@pytest.mark.slow  # imports
 def test_transformers_models(x: np.ndarray, y: np.ndarray) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -565,18 +566,18 @@ def test_compute_loss_of_a_tensor_keeps_its_gradient(tiny_segmenter: PyTorchSegm
 # ---------------------------------------------------------------------------------------------------- preprocessing
 
 
-class Doubling(Preprocessor):
-    """Not differentiable by torch; says that its gradient is 2, and counts being asked."""
+class Squaring(Preprocessor):
+    """Not differentiable by torch; says itself that its gradient is 2x."""
 
-    def __init__(self, apply_predict: bool = True) -> None:
-        super().__init__(is_fitted=True, apply_fit=False, apply_predict=apply_predict)
+    def __init__(self, apply_fit: bool = False, apply_predict: bool = True) -> None:
+        super().__init__(is_fitted=True, apply_fit=apply_fit, apply_predict=apply_predict)
 
     def __call__(self, x: np.ndarray, y: Any = None) -> tuple[np.ndarray, Any]:
-        x *= 2  # in place, as some of ART's own
+        x *= x  # in place, as some of ART's own
         return x.astype(np.float64), y
 
     def estimate_gradient(self, x: np.ndarray, grad: np.ndarray) -> np.ndarray:
-        return 2 * grad
+        return 2 * x * grad
 
 
 DEFENCES = {
@@ -584,7 +585,7 @@ DEFENCES = {
     "FeatureSqueezing": lambda: FeatureSqueezing(clip_values=(0, 1), bit_depth=3),
     "JpegCompression": lambda: JpegCompression(clip_values=(0, 1), quality=50, channels_first=True),
     "SpatialSmoothingPyTorch": lambda: SpatialSmoothingPyTorch(window_size=3, channels_first=True, device_type="cpu"),
-    "Doubling": Doubling,
+    "Squaring": Squaring,
 }
 
 
@@ -611,9 +612,9 @@ def test_preprocessing_defences(name: str, x: np.ndarray, y: np.ndarray) -> None
 
 def test_torch_and_numpy_defences_mix_in_any_order(x: np.ndarray, y: np.ndarray) -> None:
     """ART itself refuses these chains."""
-    smoothing, doubling = DEFENCES["SpatialSmoothingPyTorch"](), Doubling()
+    smoothing, squaring = DEFENCES["SpatialSmoothingPyTorch"](), Squaring()
     plain = PyTorchSegmenter(linear_cnn(), NB_CLASSES, SHAPE)
-    for chain in ([smoothing, doubling], [doubling, smoothing], [doubling, doubling, smoothing]):
+    for chain in ([smoothing, squaring], [squaring, smoothing], [squaring, squaring, smoothing]):
         segmenter = PyTorchSegmenter(linear_cnn(), NB_CLASSES, SHAPE, preprocessing_defences=chain)
         defended, gradient = x.copy(), None
         seen = []
@@ -626,21 +627,40 @@ def test_torch_and_numpy_defences_mix_in_any_order(x: np.ndarray, y: np.ndarray)
         assert np.allclose(segmenter.loss_gradient(x, y), gradient, rtol=1e-4, atol=1e-8)
 
 
+class Blackening(PreprocessorPyTorch):
+    """Writes into the tensor that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(device_type="cpu", is_fitted=True)
+
+    def forward(self, x: Tensor, y: Any = None) -> tuple[Tensor, Any]:
+        x[..., :10] = 0
+        return x, y
+
+
+def test_a_preprocessor_that_writes_into_its_input_spares_the_callers(images: Tensor, labels: Tensor) -> None:
+    segmenter = PyTorchSegmenter(linear_cnn(), NB_CLASSES, SHAPE, preprocessing_defences=Blackening())
+    assert torch.allclose(segmenter.predict(images)[..., :8], segmenter.predict(0 * images)[..., :8], atol=1e-6)
+    gradient = segmenter.loss_gradient(images, labels)
+    assert (gradient[..., :10] == 0).all()
+    assert (gradient[..., 10:] != 0).any()
+
+
 def test_defences_act_where_they_say(x: np.ndarray) -> None:
     plain = PyTorchSegmenter(linear_cnn(), NB_CLASSES, SHAPE)
-    off = PyTorchSegmenter(linear_cnn(), NB_CLASSES, SHAPE, preprocessing_defences=Doubling(apply_predict=False))
+    off = PyTorchSegmenter(linear_cnn(), NB_CLASSES, SHAPE, preprocessing_defences=Squaring(apply_predict=False))
     assert np.array_equal(off.predict(x), plain.predict(x))
 
 
 def test_arts_own_preprocessing_methods_agree_with_the_path(x: np.ndarray, y: np.ndarray) -> None:
     segmenter = PyTorchSegmenter(
-        linear_cnn(), NB_CLASSES, SHAPE, preprocessing=(MEAN, STD), preprocessing_defences=Doubling()
+        linear_cnn(), NB_CLASSES, SHAPE, preprocessing=(MEAN, STD), preprocessing_defences=Squaring()
     )
     inputs, labels = segmenter._apply_preprocessing(x, y)
     assert np.array_equal(labels, y)
     assert np.allclose(segmenter.model(torch.tensor(inputs)).detach().numpy(), segmenter.predict(x), atol=1e-5)
     back = segmenter._apply_preprocessing_gradient(x, np.ones_like(x))
-    assert np.allclose(back, np.broadcast_to(2 / np.array(STD)[:, None, None], x.shape), rtol=1e-5)
+    assert np.allclose(back, 2 * x / np.array(STD)[:, None, None], rtol=1e-5)
     logits, _ = segmenter._predict_framework(torch.tensor(x).requires_grad_())
     assert logits.requires_grad
     assert np.allclose(logits.detach().numpy(), segmenter.predict(x), atol=1e-5)
@@ -776,17 +796,19 @@ def test_fit_is_reproducible_and_shuffles() -> None:
 
 def test_fit_uses_defences_for_training_and_the_users_loss() -> None:
     images, labels = coloured_shapes(4)
-    segmenter = PyTorchSegmenter(
-        linear_cnn(),
-        NB_CLASSES,
-        SHAPE,
-        AddOne(),
-        preprocessing_defences=GaussianAugmentation(sigma=0.1, augmentation=False, apply_fit=True, apply_predict=False),
-    )
-    segmenter.set_params(optimizer=torch.optim.SGD(segmenter.model.parameters(), lr=0.5))
-    before = segmenter.compute_loss(images, labels, "mean")
-    segmenter.fit(images, labels, batch_size=2, nb_epochs=4)
-    assert 1 < segmenter.compute_loss(images, labels, "mean") < before
+
+    def fitted(x: Tensor, loss: Any, **options: Any) -> PyTorchSegmenter:
+        segmenter = PyTorchSegmenter(linear_cnn(), NB_CLASSES, SHAPE, loss, **options)
+        segmenter.set_params(optimizer=torch.optim.SGD(segmenter.model.parameters(), lr=0.2))
+        segmenter.fit(x, labels, batch_size=2, nb_epochs=4)
+        return segmenter
+
+    training_only = fitted(images, AddOne(), preprocessing_defences=Squaring(apply_fit=True, apply_predict=False))
+    assert torch.allclose(training_only.model.weight, fitted(images.square(), None).model.weight, atol=1e-6)
+    prediction_only = fitted(images, lambda logits, labels: 0 * logits.sum(), preprocessing_defences=Squaring())
+    assert torch.equal(prediction_only.model.weight, linear_cnn().weight)  # trained by the loss that was given
+    defended = fitted(images, None, preprocessing_defences=Squaring())
+    assert torch.equal(defended.model.weight, fitted(images, None).model.weight)
 
 
 def test_a_batch_of_void_pixels_only_does_no_harm() -> None:
@@ -876,7 +898,7 @@ def test_with_model(x: np.ndarray, y: np.ndarray) -> None:
     assert {**other.get_params(), "model": model, "optimizer": optimizer} == params
     with pytest.raises(ValueError, match="needs an optimizer"):
         other.fit(x, labels)  # the old one would train the old model
-    other.set_params(preprocessing_defences=Doubling(), nb_classes=9)
+    other.set_params(preprocessing_defences=Squaring(), nb_classes=9)
     assert segmenter.get_params() == params
     assert segmenter.model is model
     assert np.array_equal(segmenter.predict(x), before)

@@ -1,0 +1,61 @@
+"""What decides a run, as short texts that are equal when the thing is: models, data, functions, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from evaluation.datasets import SegmentationData
+from ramdefense.segmenter import PyTorchSegmenter
+
+
+def identity(function: Callable[..., Any]) -> str:
+    """Where a function is defined; two lambdas of one module are told apart by nothing more."""
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def plain_value(value: Any) -> Any:
+    """A value as JSON has it: itself, or what it prints as."""
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        return repr(value)
+
+
+def model_fingerprint(segmenter: PyTorchSegmenter) -> str:
+    """Class of the model, and a hash of its weights and of the preprocessing."""
+    digest = hashlib.sha256(repr(segmenter.clip_values).encode())
+    for step in segmenter.preprocessing_operations:
+        digest.update(repr([type(step).__name__, *((name, getattr(step, name)) for name in step.params)]).encode())
+    for name, value in segmenter.model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"{type(segmenter.model).__name__}:{digest.hexdigest()[:16]}"
+
+
+def data_fingerprint(data: SegmentationData, images: Sequence[int]) -> str:
+    """Hash of these images and their label maps."""
+    digest = hashlib.sha256()
+    for image in images:
+        frame = data[image]
+        digest.update(str(tuple(frame.image.shape)).encode())
+        digest.update(frame.image.numpy().tobytes())
+        digest.update(frame.label.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Installed versions by distribution name."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

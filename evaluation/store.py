@@ -1,0 +1,106 @@
+"""The folder of a run: its configuration, and one file of rows and one of patches for each finished cell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attacks.patch import Patch
+from evaluation.files import read_lines, write_lines, write_whole
+from evaluation.fingerprints import versions_of
+from evaluation.results import Record, Skipped
+
+#: The defence that is none; every gain is measured against it.
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What decides a file of rows, beside the configuration of the run."""
+
+    model: str
+    defence: str
+    attack: str
+    variant: str
+    chunk: int  # position of its first image among the run's images
+
+    @property
+    def path(self) -> str:
+        """Its place in the run's folders, without a suffix."""
+        folders = "/".join(file_name(name) for name in (self.model, self.attack, self.defence))
+        return f"{folders}/{self.variant}-{self.chunk:05d}"
+
+
+class Store:
+    """Finished cells, in a folder or, without one, the undefended patches in memory."""
+
+    def __init__(self, folder: Path | None, classes: Sequence[str]) -> None:
+        self.folder, self.classes = folder, classes
+        self._patches: dict[Cell, Patch] = {}
+
+    def open(self, configuration: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Make the folder, or see that it holds this very run."""
+        if self.folder is None:
+            return
+        path = self.folder / "config.json"
+        if not path.exists():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise ValueError(f"{self.folder} is not empty and holds no run; choose another folder")
+            packages = ("numpy", "torchvision", "adversarial-robustness-toolbox", "torchattacks", "kornia", "timm")
+            extra = {**environment, **versions_of(*packages), "python": platform.python_version()}
+            write_whole(path, json.dumps({**configuration, "environment": extra}, indent=2) + "\n")
+            return
+        held = json.loads(path.read_text())
+        given = json.loads(json.dumps(configuration))
+        differing = [key for key in given if held.get(key) != given[key]]
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds another run: it differs in {', '.join(differing)}. "
+                "Choose another folder, or repeat the call that began it"
+            )
+
+    def _path(self, kind: str, cell: Cell, suffix: str) -> Path:
+        assert self.folder is not None
+        return self.folder / kind / (cell.path + suffix)
+
+    def read(self, cell: Cell) -> list[Record] | None:
+        """The rows of a finished cell; ``None`` if it is not finished."""
+        if self.folder is None or not self._path("cells", cell, ".jsonl").exists():
+            return None
+        _, lines = read_lines(self._path("cells", cell, ".jsonl"))
+        return [Record.from_json(line, len(self.classes)) for line in lines]
+
+    def write(self, cell: Cell, records: Sequence[Record], patch: Patch | None) -> None:
+        """Keep a finished cell; ``patch`` is ``None`` where it is another cell's."""
+        if self.folder is None:
+            if patch is not None and cell.defence == NONE:
+                self._patches[cell] = patch
+            return
+        if patch is not None:
+            path = self._path("patches", cell, ".safetensors")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            patch.save(path)
+        # the rows come last: a cell with rows is finished
+        write_lines(self._path("cells", cell, ".jsonl"), {"cell": vars(cell)}, [r.to_json() for r in records])
+
+    def patch(self, cell: Cell) -> Patch:
+        """The patches of a finished cell, one for each of its images."""
+        return self._patches[cell] if self.folder is None else Patch.load(self._path("patches", cell, ".safetensors"))
+
+    def skip(self, skipped: Skipped) -> None:
+        """Note a defence that does not apply to a model."""
+        if self.folder is not None:
+            path = self.folder / "cells" / file_name(skipped.model) / f"{file_name(skipped.defence)}.skipped.jsonl"
+            write_lines(path, {"skipped": vars(skipped)}, [])
+
+
+def file_name(name: str) -> str:
+    """A name that every file system takes; different names stay different."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-")
+    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
