@@ -257,7 +257,7 @@ def load_data(name: str, *, size: tuple[int, int] | None = None) -> Segmentation
     """Data by name.
 
     Args:
-        name: ``scenes[:LENGTH]`` (drawn, needs no file), ``camvid:PATH[:SPLIT]``, ``folder:PATH[:SPLIT]``,
+        name: ``scenes[:LENGTH[:SEED]]`` (drawn, needs no file), ``camvid:PATH[:SPLIT]``, ``folder:PATH[:SPLIT]``,
             ``voc:PATH[:SPLIT]``, ``cityscapes:PATH[:SPLIT]``. The default split is ``test`` for CamVid, none for a
             folder, ``val`` for the other two.
         size: ``(height, width)`` to which images (bilinear, anti-aliased) and labels (nearest) are resized.
@@ -270,13 +270,14 @@ def load_data(name: str, *, size: tuple[int, int] | None = None) -> Segmentation
     if kind == "scenes":
         from evaluation.scenes import StreetScenes
 
-        if rest and not rest.isdecimal():
-            raise ValueError(f"data {name!r}: after 'scenes:' comes the number of scenes, as in 'scenes:50'")
-        length = int(rest or 100)
-        return StreetScenes(length) if size is None else StreetScenes(length, size=size)
+        numbers = rest.split(":") if rest else []
+        if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+            raise ValueError(f"data {name!r}: 'scenes:LENGTH:SEED', two whole numbers, as in 'scenes:50:1'")
+        length, seed = (int(number) for number in [*numbers, *("100", "0")[len(numbers) :]])
+        return StreetScenes(length, seed=seed) if size is None else StreetScenes(length, size=size, seed=seed)
     if kind not in ("camvid", "folder", "voc", "cityscapes"):
         raise ValueError(
-            f"unknown data {name!r}; known: 'scenes[:LENGTH]', 'camvid:PATH[:SPLIT]', 'folder:PATH[:SPLIT]', "
+            f"unknown data {name!r}; known: 'scenes[:LENGTH[:SEED]]', 'camvid:PATH[:SPLIT]', 'folder:PATH[:SPLIT]', "
             "'voc:PATH[:SPLIT]', 'cityscapes:PATH[:SPLIT]'"
         )
     if not rest:

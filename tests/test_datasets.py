@@ -89,7 +89,7 @@ def test_what_is_wrong_is_said_with_the_files_name(folder) -> None:
     (folder / "labels/test/a.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"a\.png"):
         load_data(f"camvid:{folder}:test")
-    for wrong in ("camvid", "nothing:here", "scenes:many"):
+    for wrong in ("camvid", "nothing:here", "scenes:many", "scenes:1:2:3"):
         with pytest.raises(ValueError, match=wrong.partition(":")[0]):
             load_data(wrong)
 
@@ -97,3 +97,11 @@ def test_what_is_wrong_is_said_with_the_files_name(folder) -> None:
 @pytest.mark.parametrize("count", [3, 20, 150])
 def test_default_colours_are_distinct(count: int) -> None:
     assert len(set(default_colors(count))) == count
+
+
+def test_scenes_take_a_length_and_a_seed() -> None:
+    one, other = load_data("scenes:3:1", size=(32, 48)), load_data("scenes:3:2", size=(32, 48))
+    assert len(one) == 3
+    assert len(load_data("scenes")) == 100
+    assert torch.equal(one[2].image, load_data("scenes:5:1", size=(32, 48))[2].image)
+    assert not torch.equal(one[0].image, other[0].image)
