@@ -44,9 +44,9 @@ def test_a_saved_file_comes_back_with_the_same_logits(tmp_path) -> None:
 
 
 def test_weights_of_ones_own(tmp_path) -> None:
-    model = load_model("smp:fpn:tu-mobilenetv3_small_minimal_100", nb_classes=4, pretrained=False).model
-    save(model, _card("smp:fpn:tu-mobilenetv3_small_minimal_100"), tmp_path / "mine")
-    name = f"smp:fpn:tu-mobilenetv3_small_minimal_100@{tmp_path / 'mine.safetensors'}"
+    model = load_model("smp:fpn:tu-mobilenetv3_small_100", nb_classes=4, pretrained=False).model
+    save(model, _card("smp:fpn:tu-mobilenetv3_small_100"), tmp_path / "mine")
+    name = f"smp:fpn:tu-mobilenetv3_small_100@{tmp_path / 'mine.safetensors'}"
     again = load_model(name, nb_classes=4, input_shape=(3, 32, 32))
     from_card = load_model(str(tmp_path / "mine.safetensors"))
     for one, two in zip(again.model.parameters(), from_card.model.parameters(), strict=True):
