@@ -22,7 +22,8 @@ OPTIMIZERS: dict[str, Callable[[float], StepRule]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PatchOptions:
-    """How a patch is made. With the defaults it is plain sign-PGD from mid-grey, the best iterate kept.
+    """How a patch is made. With the defaults it is sign-PGD with momentum from mid-grey, the best iterate kept;
+    ``momentum=0`` makes it plain sign-PGD, step for step.
 
     Args:
         target: What the labels are turned into (`attacks.targets`, or any callable with `targeted`); None: the map that
@@ -34,7 +35,8 @@ class PatchOptions:
         eps_step: Size of a step in the units of the pixels; the learning rate of Adam.
         optimizer: "pgd" (sign steps) or "adam".
         step_schedule: "constant", "cosine" (to 0) or "piecewise" (1, from half-way on 0.3, in the last quarter 0.1).
-        momentum: Decay of the accumulated gradient of "pgd" (MI-FGSM uses 1); 0 is none. Adam has moments of its own.
+        momentum: Decay of the accumulated gradient of "pgd" (MI-FGSM uses 1); 0 is none. Adam has moments of its own
+            and takes none of it.
         random_start: Start the first run from uniform random pixels, in place of mid-grey.
         num_restarts: Runs for each image, of which the best is kept; every run but the first starts at random.
         keep_best: Keep the iterate with the greatest share of pixels won, of those the one with the least loss, and
@@ -61,7 +63,7 @@ class PatchOptions:
     eps_step: float = 0.02
     optimizer: str = "pgd"
     step_schedule: str = "constant"
-    momentum: float = 0.0
+    momentum: float = 0.9
     random_start: bool = False
     num_restarts: int = 1
     keep_best: bool = True
@@ -109,8 +111,8 @@ class PatchOptions:
         if self.eps_step <= 0:
             raise ValueError(f"`eps_step` is {self.eps_step!r}; it must be above 0.")
         _real("momentum", self.momentum)
-        if self.momentum < 0 or (self.momentum and self.optimizer == "adam"):
-            raise ValueError(f"`momentum` is {self.momentum!r}; it must be 0 or, for optimizer='pgd', above.")
+        if self.momentum < 0:
+            raise ValueError(f"`momentum` is {self.momentum!r}; it must be 0 or above.")
         for name in ("random_start", "keep_best", "verbose"):
             _flag(name, getattr(self, name))
         for name in ("targeted", "straight_through"):

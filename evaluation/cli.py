@@ -99,6 +99,22 @@ def evaluate(
 
 
 @app.command()
+def table(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, finished or not.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+) -> None:
+    """The table of a run, or of several that differ in their models, attacks or defences, from their rows alone."""
+    with _user_errors():
+        from evaluation.results import Results
+
+        results = Results.joined([Results.load(run) for run in runs])
+    if markdown:
+        typer.echo(results.markdown())
+    else:
+        _show(results.table())
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the table and the figures.")] = Path("runs/demo"),
     images: Annotated[int, typer.Option(help="How many scenes are attacked.")] = 4,

@@ -29,8 +29,8 @@ _KEY = ["model", "attack", "defence"]
 #: Columns of the table on the screen, beside the worst and the gain: of the summary, and what stands over them.
 _SHOWN = ("clean_miou", "adversarial_miou", "clean_success", "plain_success", "adaptive_success", "transfer_success")
 _HEADINGS = (
-    ("clean\nmIoU", 5), ("attacked\nmIoU", 8), ("fooled:\nnone", 7), ("\nplain", 5), ("\nadaptive", 8),
-    ("\ntransfer", 8), ("\nworst", 5), ("\ngain", 6),
+    ("mIoU:\nclean", 5), ("\nattack", 6), ("fooled:\nnone", 7), ("\nplain", 5), ("\nadapt", 5),
+    ("\ntransf", 6), ("\nworst", 5), ("\ngain", 6),
 )  # fmt: skip
 
 
@@ -276,6 +276,48 @@ class Results:
         skipped.sort(key=lambda s: (_index(axes["model"], s.model), _index(axes["defence"], s.defence)))
         return cls(records, classes, skipped, configuration)
 
+    @classmethod
+    def joined(cls, runs: Sequence[Results]) -> Results:
+        """One result from runs that differ in their models, attacks or defences alone.
+
+        Raises:
+            ValueError: no run, or runs on other data, images, options, seeds or counted pixels.
+        """
+        if not runs:
+            raise ValueError("no run given; at least one")
+        first = runs[0]
+        for other in runs[1:]:
+            for key in ("data", "options", "seed", "region"):
+                one, two = first.configuration.get(key), other.configuration.get(key)
+                if one != two:
+                    raise ValueError(f"the runs differ in {key}, so their rows do not belong into one table")
+        axes = {
+            f"{axis}s": {name: value for run in runs for name, value in run.configuration[f"{axis}s"].items()}
+            for axis in _KEY
+        }
+        records = {
+            (r.model, r.attack, r.defence, r.variant, r.image): r for run in reversed(runs) for r in run.records
+        }
+        skipped = list(dict.fromkeys(skip for run in runs for skip in run.skipped))
+        interrupted = any(run.interrupted for run in runs)
+        return cls(list(records.values()), first.classes, skipped, {**first.configuration, **axes}, interrupted)
+
+    def markdown(self) -> str:
+        """The summary as a Markdown table, in percent."""
+        headings = ("attack", "model", "defence", *(name.replace("_", " ") for name in _MARKDOWN))
+        lines = ["| " + " | ".join(headings) + " |", "| --- | --- | --- |" + " ---: |" * len(_MARKDOWN)]
+        for row in self.summary().to_dict("records"):
+            cells = [row["attack"], row["model"], row["defence"] + (" (n/a)" if row["note"] else "")]
+            lines.append("| " + " | ".join([*cells, *(_percent(row[name]) for name in _MARKDOWN)]) + " |")
+        return "\n".join(lines)
+
+
+#: Columns of the Markdown table, of the summary.
+_MARKDOWN = (
+    "clean_miou", "clean_success", "plain_success", "adaptive_success", "transfer_success", "success", "target_miou",
+    "adversarial_miou",
+)  # fmt: skip
+
 
 def _columns() -> list[str]:
     shared = [
@@ -314,7 +356,9 @@ def _caption(results: Results, counts: set[int]) -> str:
         if any(record.aim is None for record in results.records)
         else "",
         "  none: no attack. plain: the attack does not know the defence." if present - {"plain"} else "",
-        "  adaptive: it does. transfer: its patch was made on the undefended model." if present - {"plain"} else "",
+        "  adapt: adaptive, it does. transf: transfer, its patch was made on the undefended model."
+        if present - {"plain"}
+        else "",
         "  worst: the strongest of these on each image. gain: ▼ fewer pixels fooled than without defence."
         if present - {"plain"}
         else "",

@@ -89,7 +89,7 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     help_text = call("--help").output
-    for command in ("evaluate", "demo", "sites", "train", "attacks", "defences", "models"):
+    for command in ("evaluate", "table", "demo", "sites", "train", "attacks", "defences", "models"):
         assert command in help_text
         assert call(command, "--help").exit_code == 0
 
@@ -104,6 +104,8 @@ def test_evaluate_with_a_plugin_writes_a_run_and_resumes_it() -> None:
     assert all(row["images"] == 2 for row in summary)
     assert json.loads(Path("run/config.json").read_text())["options"] == {"patch_shape": [5, 6]}
     before = {p: p.stat().st_mtime_ns for p in Path("run/cells").rglob("*.jsonl")}
+    assert first.output.startswith(call("table", "run").output)
+    assert call("table", "run", "--markdown").output.count("same-again") == 1
     again = call(*EVALUATE, "--out", "run", "--images", "2", "--patch-size", "5x6")
     assert again.output == first.output
     assert {p: p.stat().st_mtime_ns for p in Path("run/cells").rglob("*.jsonl")} == before

@@ -412,11 +412,34 @@ def test_names_that_no_file_system_takes(tmp_path: Path) -> None:
     assert [r.model for r in Results.load(tmp_path / "run").records] == names
 
 
+def test_runs_that_differ_in_their_models_make_one_table(tmp_path: Path) -> None:
+    def part(name: str, data: Frames | None = None) -> Results:
+        model = segmenter(CornerModel())
+        factories, functions = {"bright": variant_attack}, {"half": half_reach}
+        evaluate({name: model}, factories, functions, data or Frames(), verbose=False, out=tmp_path / name)
+        return Results.load(tmp_path / name)
+
+    one, two = part("one"), part("two")
+    both = Results.joined([one, two, one])
+    assert list(both.summary()["model"].unique()) == ["one", "two"]
+    for single in (one, two):
+        mine = both.summary()
+        mine = mine[mine["model"] == single.records[0].model].reset_index(drop=True)
+        assert mine.equals(single.summary())
+    lines = both.markdown().splitlines()
+    assert len(lines) == 2 + len(both.summary())
+    assert len({line.count("|") for line in lines}) == 1
+    with pytest.raises(ValueError, match="differ in data"):
+        Results.joined([one, part("three", Frames(2))])
+    with pytest.raises(ValueError, match="at least one"):
+        Results.joined([])
+
+
 # ------------------------------------------------------------------------------------------------- defences, plug-ins
 
 
 def shown(results: Results) -> str:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(results.table())
     return console.export_text()
 
@@ -436,6 +459,7 @@ def test_a_defence_that_does_not_apply_is_shown_and_the_run_goes_on(tmp_path: Pa
     }  # fmt: skip
     assert {r.variant for r in results.records if r.defence == "ram"} == {"plain", "adaptive", "transfer"}
     assert "n/a: ram does not apply to cnn: no attention" in shown(results)
+    assert "gain" in shown(results)  # the last column fits into the 80 that a terminal has at least
     loaded = Results.load(tmp_path)
     assert loaded.skipped == results.skipped
     assert loaded.summary().equals(results.summary())
