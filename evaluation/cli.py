@@ -233,7 +233,6 @@ def list_models() -> None:
     rows = [
         (
             f"zoo:{name}",
-            str(card["recipe"]["architecture"]),
             "×".join(map(str, card["size"])),
             f"{card['parameters'] / 1e6:.2f} M",
             f"{100 * card['val']['miou']:.1f}",
@@ -241,7 +240,7 @@ def list_models() -> None:
         )
         for name, card in zoo().items()
     ]
-    _show_table(("model", "architecture", "size", "weights", "val mIoU %", "test mIoU %"), rows, right=(3, 4, 5))
+    _show_table(("model", "size", "weights", "val mIoU %", "test mIoU %"), rows, right=(2, 3, 4))
     _show(f"A model is {KINDS}.", markup=False)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).parent / "zoo"
 KINDS = (
     "'zoo:NAME', 'torchvision:NAME', 'smp:ARCH:ENCODER', 'hf:NAME', 'PATH.safetensors' or 'module:function'; "
-    "the first four take weights of your own as 'NAME@PATH.safetensors'"
+    "weights of your own go into any of them as 'NAME@PATH.safetensors'"
 )
 
 

@@ -43,11 +43,11 @@ _ROOT = ""  # the name of the model itself, among the names of its modules
 def harden(
     model: nn.Module,
     *,
-    max_attention: float | str = "3/N",
-    suppression: str = "clamp",
+    max_attention: float | str = "16/N",
+    suppression: str = "cap",
     dropout: float = 0.1,
     unit: str = "element",
-    compensate: str = "none",
+    compensate: str = "rescale",
     include: Patterns = None,
     exclude: Patterns = None,
     seed: int = 0,
@@ -135,8 +135,9 @@ class HardenedModel(nn.Module):
 
     @property
     def traits(self) -> Traits:
-        bounded = self.refinement.max_attention != 1
-        return Traits(random=self.refinement.dropout > 0, straight_through=bounded)
+        # of the suppressions the clamp alone stops a gradient; through the others the true one is the stronger attack
+        stops = self.refinement.suppression == "clamp" and self.refinement.max_attention != 1
+        return Traits(random=self.refinement.dropout > 0, straight_through=stops)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward pass, refined.
@@ -375,11 +376,11 @@ class RAMDefense(PyTorchSegmenter):
         self,
         segmenter: PyTorchSegmenter,
         *,
-        max_attention: float | str = "3/N",
-        suppression: str = "clamp",
+        max_attention: float | str = "16/N",
+        suppression: str = "cap",
         dropout: float = 0.1,
         unit: str = "element",
-        compensate: str = "none",
+        compensate: str = "rescale",
         include: Patterns = None,
         exclude: Patterns = None,
         seed: int = 0,

@@ -66,8 +66,8 @@ class Refinement:
         ValueError: an option out of range or of unknown name; the message names the value and the remedy.
     """
 
-    max_attention: float | str = "3/N"
-    suppression: str = "clamp"
+    max_attention: float | str = "16/N"
+    suppression: str = "cap"
     dropout: float = 0.1
     unit: str = "element"
     compensate: str = "rescale"

@@ -488,7 +488,7 @@ def test_gradients_are_averaged_over_the_draws_of_a_random_defence() -> None:
             pixels = (pixels - 0.1 * torch.stack(slopes).mean(0).sign()).clamp(0, 1)
         defended.model.seen.clear()  # type: ignore[operator,union-attr]
         patch, result = make(
-            defended, images, target, max_iter=2, eps_step=0.1, defence_samples=asked, keep_best=False,
+            defended, images, target, max_iter=2, eps_step=0.1, momentum=0.0, defence_samples=asked, keep_best=False,
             streams=(11, 4), **place,
         )  # fmt: skip
         torch.testing.assert_close(patch.pixels, pixels, atol=1e-6, rtol=0)

@@ -22,6 +22,7 @@ import ramdefense
 from ramdefense import PyTorchSegmenter, RAMDefense, Traits, defence, harden, register_defence
 from ramdefense.defences import defences
 from ramdefense.ram import HardenedModel
+from ramdefense.refinement import Refinement
 from ramdefense.streams import keep_mask
 from ramdefense.traits import conditions
 
@@ -79,8 +80,11 @@ def images(count: int = 5) -> Tensor:
     return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 
+CLAMP: dict[str, Any] = {"max_attention": "3/N", "suppression": "clamp", "dropout": 0.3, "compensate": "none"}
+
+
 def hardened(model: nn.Module | None = None, **options: Any) -> HardenedModel:
-    return harden(Net().eval() if model is None else model, **{"dropout": 0.3, "example": SHAPE, **options})
+    return harden(Net().eval() if model is None else model, **{**CLAMP, "example": SHAPE, **options})
 
 
 def segmenter(model: nn.Module | None = None, kind: type[PyTorchSegmenter] = PyTorchSegmenter) -> PyTorchSegmenter:
@@ -338,13 +342,21 @@ def test_traits() -> None:
     assert hardened(dropout=0.0).traits == Traits(random=False, straight_through=True)
     assert hardened(max_attention=1.0).traits == Traits(random=True, straight_through=False)
     assert hardened(max_attention=1.0, dropout=0.0).traits == Traits()
+    # through the other suppressions the true gradient passes
+    assert hardened(suppression="cap").traits == Traits(random=True, straight_through=False)
 
 
 def test_repr_shows_every_parameter() -> None:
     text = repr(hardened(seed=8, unit="key"))
     for part in ("max_attention='3/N'", "suppression='clamp'", "dropout=0.3", "unit='key'", "compensate=", "seed=8"):
         assert part in text
-        assert part in repr(RAMDefense(segmenter(), dropout=0.3, seed=8, unit="key"))
+        assert part in repr(RAMDefense(segmenter(), **{**CLAMP, "seed": 8, "unit": "key"}))
+
+
+def test_the_defaults_are_the_same_behind_every_door() -> None:
+    refinement = Refinement()
+    assert harden(Net()).refinement == refinement
+    assert RAMDefense(segmenter()).model.refinement == refinement
 
 
 # ------------------------------------------------------------------------------------------------- which sites
@@ -453,7 +465,7 @@ def test_everything_but_the_model_is_the_segmenters() -> None:
     assert type(plain.model) is Net
     np.testing.assert_array_equal(robust.predict(images().numpy()), plain.predict(images().numpy()))
     assert robust.traits == Traits()
-    assert RAMDefense(plain).traits == Traits(random=True, straight_through=True)
+    assert RAMDefense(plain, **CLAMP).traits == Traits(random=True, straight_through=True)
 
 
 def test_what_a_users_segmenter_overrides_stays() -> None:
