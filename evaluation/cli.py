@@ -134,6 +134,9 @@ def demo(
             max_iter=max_iter,
             out=out,
             verbose=not quiet,
+            patch_shape=(40, 40),
+            eps_step=0.05,  # few steps, so large ones
+            defence_samples=2,
         )
     _show(results.table())
     if results.interrupted:
