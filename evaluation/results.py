@@ -29,8 +29,8 @@ _KEY = ["model", "attack", "defence"]
 #: Columns of the table on the screen, beside the worst and the gain: of the summary, and what stands over them.
 _SHOWN = ("clean_miou", "adversarial_miou", "clean_success", "plain_success", "adaptive_success", "transfer_success")
 _HEADINGS = (
-    ("mIoU:\nclean", 5), ("\nattack", 6), ("fooled:\nnone", 7), ("\nplain", 5), ("\nadapt", 5),
-    ("\ntransf", 6), ("\nworst", 5), ("\ngain", 6),
+    ("mIoU\nclean", 5), ("\nadv", 4), ("fooled\nnone", 6), ("\nplain", 5), ("\nadapt", 5),
+    ("\ntrans", 5), ("\nworst", 5), ("\ngain", 6),
 )  # fmt: skip
 
 
@@ -351,12 +351,13 @@ def _caption(results: Results, counts: set[int]) -> str:
     lines = [
         f"{counts.pop()} images. All numbers are %." if len(counts) == 1 else "All numbers are %.",
         "INTERRUPTED: only what was finished is here." if results.interrupted else "",
+        "mIoU clean: without attack; adv: under the worst attack.",
         "fooled: pixels that the model takes for the attacker's target class / pixels with a target; low is robust.",
         "  (For an attack without a target: pixels predicted wrong / pixels.)"
         if any(record.aim is None for record in results.records)
         else "",
         "  none: no attack. plain: the attack does not know the defence." if present - {"plain"} else "",
-        "  adapt: adaptive, it does. transf: transfer, its patch was made on the undefended model."
+        "  adapt: adaptive, it does. trans: transfer, its patch was made on the undefended model."
         if present - {"plain"}
         else "",
         "  worst: the strongest of these on each image. gain: ▼ fewer pixels fooled than without defence."
@@ -388,7 +389,7 @@ def _table(results: Results) -> Group:
             padding=0,
         )
         for heading, width in names.items():
-            table.add_column(heading, min_width=min(width, 14), overflow="fold")
+            table.add_column(heading, min_width=min(width, 20 if heading == "model" else 12), overflow="fold")
         for heading, width in _HEADINGS:
             table.add_column(heading, justify="right", no_wrap=True, min_width=width)
         if len(counts) > 1:
