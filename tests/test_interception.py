@@ -83,7 +83,7 @@ def spread(model: nn.Module, factor: float = 3.0) -> nn.Module:
 
 
 def suppressing(model: nn.Module, **options: Any) -> HardenedModel:
-    return harden(model, max_attention=f"{X}/N", dropout=0.0, **options)
+    return harden(model, max_attention=f"{X}/N", suppression="clamp", dropout=0.0, **options)
 
 
 def plain(output: Any) -> Tensor:
@@ -220,7 +220,7 @@ def test_timm_fused_and_explicit_attention_are_refined_alike() -> None:
             set_fused_attn(fused)
             model = timm_vit().eval()
             model.load_state_dict(weights)
-            hardened = harden(model, max_attention="3/N", dropout=0.2, seed=4)
+            hardened = harden(model, max_attention="3/N", suppression="clamp", dropout=0.2, seed=4)
             results[fused] = hardened(images).detach()
             assert hardened.refined_calls == 3
             function = "scaled_dot_product_attention" if fused else "softmax"
@@ -278,7 +278,7 @@ def test_one_multi_head_module_with_and_without_weights_is_one_kind_of_call() ->
     """The two ways through `multi_head_attention_forward` differ in the function inside, not for us."""
     model = spread(SelfAttention(False))
     x = torch.randn(3, 10, 8)
-    hardened = harden(model, dropout=0.3)
+    hardened = harden(model, max_attention="3/N", suppression="clamp", dropout=0.3, compensate="none")
     with_conditions = []
     for need_weights in (False, True):
         hardened.model.need_weights = need_weights
@@ -529,7 +529,7 @@ class Twice(nn.Module):
 def test_a_module_that_runs_twice_has_two_sites_with_masks_of_their_own() -> None:
     model = spread(Twice())
     x = torch.randn(2, 9, 6)
-    hardened = harden(model, max_attention=1.0, dropout=0.5, seed=5)
+    hardened = harden(model, max_attention=1.0, dropout=0.5, compensate="none", seed=5)
     assert [(s.name, s.occurrence) for s in attention_sites(model, x)] == [("attn", 0), ("attn", 1)]
     got = hardened(x)
     assert hardened.refined_calls == 2
