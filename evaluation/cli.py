@@ -124,11 +124,12 @@ def demo(
     """A patch attack on two small models and RAM against it, on drawn street scenes: no data needed."""
     with _user_errors():
         from evaluation.experiment import evaluate as run
+        from ramdefense.defences import defence
 
         results = run(
-            ["zoo:scenes-vit", "zoo:scenes-cnn"],
+            ["zoo:scenes-nonlocal", "zoo:scenes-cnn"],
             ["permute", "strip"],
-            ["none", "ram"],
+            {"ram": defence("ram"), "ram 3/N": defence("ram:max_attention=3/N")},
             "scenes",
             images=images,
             max_iter=max_iter,

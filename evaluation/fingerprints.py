@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -16,6 +17,8 @@ from ramdefense.segmenter import PyTorchSegmenter
 
 def identity(function: Callable[..., Any]) -> str:
     """Where a function is defined; two lambdas of one module are told apart by nothing more."""
+    if isinstance(function, functools.partial):
+        return f"{identity(function.func)}({', '.join(f'{k}={v!r}' for k, v in function.keywords.items())})"
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 

@@ -389,7 +389,7 @@ def _table(results: Results) -> Group:
             padding=0,
         )
         for heading, width in names.items():
-            table.add_column(heading, min_width=min(width, 20 if heading == "model" else 12), overflow="fold")
+            table.add_column(heading, min_width=min(width, 14 if heading == "model" else 8), overflow="fold")
         for heading, width in _HEADINGS:
             table.add_column(heading, justify="right", no_wrap=True, min_width=width)
         if len(counts) > 1:

@@ -213,14 +213,14 @@ def test_demo_ends_with_the_table_a_sentence_and_the_figures(monkeypatch: pytest
     def load(name: str, *, input_shape: tuple[int, int, int], **_: object) -> PyTorchSegmenter:
         import my_models  # type: ignore[import-not-found]
 
-        made = {"zoo:scenes-vit": my_models.attention, "zoo:scenes-cnn": my_models.convolution}[name]()
+        made = {"zoo:scenes-nonlocal": my_models.attention, "zoo:scenes-cnn": my_models.convolution}[name]()
         return PyTorchSegmenter(made, nb_classes=11, input_shape=input_shape)
 
     monkeypatch.setattr(models, "load_model", load)
     done = call("demo", "--images", "1", "--max-iter", "1", "--quiet")
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
-    assert text.index("attack: permute") < text.index("attack: strip") < text.index("On zoo:scenes-vit, ram ")
+    assert text.index("attack: permute") < text.index("attack: strip") < text.index("On zoo:scenes-nonlocal, ram ")
     assert text.endswith("Figures: runs/demo/figures")
     assert Path("runs/demo/summary.csv").exists()
 
