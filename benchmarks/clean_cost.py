@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,11 @@ from ramdefense.segmenter import PyTorchSegmenter
 THRESHOLDS = ("3/N", "5/N", "8/N", "12/N", "16/N", "24/N")
 
 
+def clean_miou(segmenter: PyTorchSegmenter, x: np.ndarray, y: np.ndarray) -> str:
+    counts = confusion(y, segmenter.predict_labels(x), counted_pixels(y), nb_classes=segmenter.nb_classes)
+    return f"{100 * mean_iou(merge(counts)):.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
@@ -35,18 +41,12 @@ def main() -> None:
         images, labels, _ = stack(data, range(0, len(data), 2))
         x, y = images.numpy(), labels.numpy()
 
-        def clean_miou(
-            defended: PyTorchSegmenter, x=x, y=y, nb_classes=segmenter.nb_classes
-        ) -> str:
-            prediction = defended.predict_labels(x)
-            return f"{100 * mean_iou(merge(confusion(y, prediction, counted_pixels(y), nb_classes=nb_classes))):.1f}"
-
-        table = Table(title=f"{name}, {len(y)} frames: clean mIoU % {clean_miou(segmenter)} without RAM")
+        table = Table(title=f"{name}, {len(y)} frames: clean mIoU % {clean_miou(segmenter, x, y)} without RAM")
         for column in ("T", *SUPPRESSIONS):
             table.add_column(column, justify="right")
         for threshold in THRESHOLDS:
-            scores = [clean_miou(RAMDefense(segmenter, max_attention=threshold, suppression=s)) for s in SUPPRESSIONS]
-            table.add_row(threshold, *scores)
+            defended = [RAMDefense(segmenter, max_attention=threshold, suppression=kind) for kind in SUPPRESSIONS]
+            table.add_row(threshold, *(clean_miou(one, x, y) for one in defended))
         Console().print(table)
 
 

@@ -281,7 +281,8 @@ class Results:
         """One result from runs that differ in their models, attacks or defences alone.
 
         Raises:
-            ValueError: no run, or runs on other data, images, options, seeds or counted pixels.
+            ValueError: no run, runs on other data, images, options, seeds or counted pixels, or one name (of a model,
+                attack or defence) for different things.
         """
         if not runs:
             raise ValueError("no run given; at least one")
@@ -291,10 +292,12 @@ class Results:
                 one, two = first.configuration.get(key), other.configuration.get(key)
                 if one != two:
                     raise ValueError(f"the runs differ in {key}, so their rows do not belong into one table")
-        axes = {
-            f"{axis}s": {name: value for run in runs for name, value in run.configuration[f"{axis}s"].items()}
-            for axis in _KEY
-        }
+        axes: dict[str, dict[str, str]] = {f"{axis}s": {} for axis in _KEY}
+        for run in runs:
+            for axis, names in axes.items():
+                for name, value in run.configuration[axis].items():
+                    if names.setdefault(name, value) != value:
+                        raise ValueError(f"{name!r} among the {axis} is not the same thing in all runs")
         records = {
             (r.model, r.attack, r.defence, r.variant, r.image): r for run in reversed(runs) for r in run.records
         }

@@ -429,6 +429,9 @@ def test_runs_that_differ_in_their_models_make_one_table(tmp_path: Path) -> None
     lines = both.markdown().splitlines()
     assert len(lines) == 2 + len(both.summary())
     assert len({line.count("|") for line in lines}) == 1
+    other = Results(two.records, two.classes, [], {**two.configuration, "models": {"one": "other weights"}})
+    with pytest.raises(ValueError, match="'one' among the models"):
+        Results.joined([one, other])
     with pytest.raises(ValueError, match="differ in data"):
         Results.joined([one, part("three", Frames(2))])
     with pytest.raises(ValueError, match="at least one"):
