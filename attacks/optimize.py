@@ -1,57 +1,33 @@
-"""The one loop that makes patches, on tensors, behind both styles of attack.
+"""The one loop that makes patches and perturbations, on tensors, behind both styles of attack.
 
-One step is one forward and one backward pass for each sample of the randomness: the forward pass at the patch of step t
-gives the gradient that moves it and the success that it had. Patches of one batch know nothing of each other, so an
-image that is done leaves, and every random number belongs to an image's stream, so neither the batch size nor the order
-of the images changes a result.
+One step is one forward and one backward pass for each sample of the randomness: the pass at the point of step t gives
+the gradient that moves it and the success that it had. The images of one batch know nothing of each other, so an image
+that is done leaves, and every random number belongs to an image's stream, so neither the batch size nor the order of
+the images changes a result.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from attacks.criteria import Criterion, off_label, on_target
-from attacks.objectives import Objective
-from attacks.options import PatchOptions
-from attacks.patch import Patch, paste, rectangle, resolve_location, resolve_shape
-from attacks.steps import SCHEDULES, State, project_box
+from attacks.criteria import off_label, on_target
+from attacks.options import AttackOptions, PatchOptions
+from attacks.patch import Patch, for_each_image
+from attacks.problem import Problem, Spent, Victim
+from attacks.steps import SCHEDULES, Seen, State
 from attacks.streams import stream, stream_numbers
+from attacks.threats import Threat
 from ramdefense.checks import check_images, check_labels
 from ramdefense.traits import Traits
 
-DEFENCE_SAMPLES = 4
-"""Draws of a random defence in each step, unless `defence_samples` says otherwise."""
-
-
-class Victim(Protocol):
-    """What the loop asks of a segmenter."""
-
-    @property
-    def nb_classes(self) -> int: ...
-    @property
-    def ignore_index(self) -> int: ...
-    @property
-    def clip_values(self) -> tuple[float, float]: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def traits(self) -> Traits: ...
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) -> logits (N, nb_classes, H, W), differentiable."""
-
-    def conditions(
-        self, *, images: Sequence[int] | None = None, draw: int | None = None, straight_through: bool = False
-    ) -> AbstractContextManager[None]:
-        """The conditions under which a defended model runs inside a `with`."""
+_SAME = 1e-3  # of the largest logit: what kernels that add in another order may differ by
 
 
 @dataclass(frozen=True)
@@ -80,7 +56,7 @@ def reference_map(
     victim: Victim,
     images: Tensor,
     y: Tensor | None,
-    options: PatchOptions,
+    options: AttackOptions,
     streams: Sequence[int] | None = None,
 ) -> Tensor:
     """The map that an attack aims at, or that an untargeted one leaves: (N, H, W) int64.
@@ -98,14 +74,15 @@ def reference_map(
     streams = stream_numbers(streams, len(images))
     if y is None:
         if options.aims:
-            wanted = "the ground truth" if options.target else "the target map"
+            wanted = "the ground truth" if options.goal else "the target map"
             raise ValueError(f"A targeted attack needs `y`, {wanted}, (N, H, W).")
         y = _own_prediction(victim, images, streams, options.batch_size)
     check_labels(y, victim.nb_classes, victim.ignore_index, (len(images), *images.shape[-2:]))
     y = y.long()
-    if options.target is None:
+    goal = options.goal
+    if goal is None:
         return y
-    reference = options.target(
+    reference = goal(
         y, nb_classes=victim.nb_classes, ignore_index=victim.ignore_index, images=streams
     )
     check_labels(reference, victim.nb_classes, victim.ignore_index, (len(images), *images.shape[-2:]))
@@ -129,41 +106,76 @@ def make_patch(
         streams: Stream number of each image; None: 0..N-1.
 
     Returns:
-        The patches, (N, C, h, w), and what they took.
+        The patches, (N, C, h, w), where the options say or, by a placement, each where it was made, and what they took.
 
     Raises:
         ValueError: On images or labels that do not fit, or a patch that does not fit on them.
     """
+    places = list[tuple[int, int]]()
+
+    def threat(victim: Victim, images: Tensor, reference: Tensor, streams: Sequence[int]) -> Threat:
+        made = options.threat(victim, images, reference, streams)
+        places.extend(made.location if for_each_image(made.location) else ())
+        return made
+
+    pixels, result = optimize(victim, images, y, options, streams, threat=threat)
+    return Patch(pixels, tuple(places) or options.patch_location, options.alpha), result
+
+
+def optimize(
+    victim: Victim,
+    images: Tensor,
+    y: Tensor | None,
+    options: AttackOptions,
+    streams: Sequence[int] | None = None,
+    *,
+    threat: Callable[[Victim, Tensor, Tensor, Sequence[int]], Threat] | None = None,
+) -> tuple[Tensor, Result]:
+    """Find, for each image, the best value of what the options let an attack change: pixels of a patch, or the image.
+
+    Args:
+        victim: The segmenter to attack.
+        images: (N, C, H, W) floating point in the clip range, on any device, unchanged.
+        y: See `reference_map`.
+        options: How; their `threat` says what the variable is.
+        streams: Stream number of each image; None: 0..N-1.
+        threat: What makes the threat of each batch; None: the options.
+
+    Returns:
+        The variable, (N, …) on the CPU, and what it took.
+
+    Raises:
+        ValueError: On images or labels that do not fit.
+    """
     began = time.perf_counter()
     low, high = (float(value) for value in victim.clip_values)
     check_images(images, (low, high))
-    size = images.shape[-2], images.shape[-1]
-    shape = resolve_shape(options.patch_shape, size)
-    location = resolve_location(options.patch_location, shape, size)
+    options.check_size((images.shape[-2], images.shape[-1]))
     streams = stream_numbers(streams, len(images))
     reference = reference_map(victim, images, y, options, streams)
+    traits = observed_traits(victim, images[:1], options)
 
     batches = range(0, len(images), options.batch_size)
+    runs = len(options.objectives) * options.num_restarts
     kept: list[_Kept] = []
-    spent = _Spent()
-    with tqdm(total=len(batches) * options.num_restarts * options.max_iter, disable=not options.verbose) as progress:
+    spent = Spent()
+    with tqdm(total=len(batches) * runs * options.max_iter, disable=not options.verbose) as progress:
         for first in batches:
             rows = slice(first, first + options.batch_size)
-            problem = _Problem(
+            moved = images[rows].detach().to(victim.device)
+            wanted = reference[rows].to(victim.device)
+            problem = Problem(
                 victim=victim,
-                images=images[rows].detach().to(victim.device),
-                reference=reference[rows].to(victim.device),
+                threat=(threat or options.threat)(victim, moved, wanted, streams[rows]),
+                reference=wanted,
                 streams=streams[rows],
-                shape=shape,
-                location=location,
                 options=options,
-                traits=victim.traits,
-                objective=options.make_objective(),
+                traits=traits,
+                objective=options.make_objectives()[0],
                 criterion=on_target if options.aims else off_label,
                 spent=spent,
             )
-            kept.append(_best_of_restarts(problem, progress))
-    pixels = torch.cat([batch.pixels.cpu() for batch in kept])
+            kept.append(_best_of_runs(problem, progress))
     result = Result(
         criterion=tuple(torch.cat([batch.criterion for batch in kept]).tolist()),
         loss=tuple(torch.cat([batch.loss for batch in kept]).tolist()),
@@ -172,193 +184,108 @@ def make_patch(
         backwards=spent.backwards,
         seconds=time.perf_counter() - began,
     )
-    return Patch(pixels, options.patch_location), result
+    return torch.cat([batch.variable.cpu() for batch in kept]), result
 
 
-@dataclass
-class _Spent:
-    """Passes so far, counted in images."""
-
-    forwards: int = 0
-    backwards: int = 0
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """The images of one batch and everything that is fixed while their patches are made."""
-
-    victim: Victim
-    images: Tensor
-    reference: Tensor
-    streams: tuple[int, ...]
-    shape: tuple[int, int]
-    location: tuple[int, int]
-    options: PatchOptions
-    traits: Traits
-    objective: Objective
-    criterion: Criterion
-    spent: _Spent
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def rows(self, chosen: Tensor) -> _Problem:
-        """The problem of some of the images; `chosen` holds their indices."""
-        numbers = tuple(self.streams[row] for row in chosen.tolist())
-        return replace(self, images=self.images[chosen], reference=self.reference[chosen], streams=numbers)
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether one look at a patch says all about it."""
-        return self.samples == 1 and self.options.eot is None and not self.traits.random
-
-    @property
-    def samples(self) -> int:
-        """Passes in each step. Each has a transformation and a draw of its own, so the larger number covers both."""
-        drawn = self.options.defence_samples or (DEFENCE_SAMPLES if self.traits.random else 1)
-        return max(drawn, self.options.eot.samples if self.options.eot else 1)
-
-    def under(self, draw: int) -> AbstractContextManager[None]:
-        """The defence's conditions for one pass; nothing for a model that has none to set."""
-        wanted = self.options.straight_through
-        straight_through = self.traits.straight_through if wanted is None else wanted
-        if not (self.traits.random or self.traits.straight_through or straight_through):
-            return nullcontext()
-        return self.victim.conditions(images=self.streams, draw=draw, straight_through=straight_through)
-
-    def start(self, restart: int) -> Tensor:
-        """The pixels of step 0: mid-grey, or uniform in the box from each image's stream."""
-        low, high = (float(value) for value in self.victim.clip_values)
-        whole = (self.images.shape[1], *self.shape)
-        if restart == 0 and not self.options.random_start:
-            return self.images.new_full((len(self), *whole), (low + high) / 2)
-        drawn = [
-            torch.rand(whole, generator=stream(self.options.seed, "start", image, restart)) for image in self.streams
-        ]
-        return low + (high - low) * torch.stack(drawn).to(self.images)
-
-    def place(self, pixels: Tensor, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The images with the patches on them, and the pixels under these, (H, W) or (N, H, W) bool."""
-        if self.options.eot is None:
-            size = self.images.shape[-2], self.images.shape[-1]
-            return paste(self.images, pixels, self.location), rectangle(
-                self.shape, self.location, size, self.images.device
-            )
-        low, high = self.victim.clip_values
-        transformation = self.options.eot.sample([(self.options.seed, image, *key) for image in self.streams])
-        return transformation.apply(self.images, pixels, self.location, (low, high))
-
-    def look(self, pixels: Tensor, restart: int, step: int, *, gradient: bool) -> _Look:
-        """Loss, success and, where asked for, gradient of the patches, each the mean over this step's samples."""
-        looks = list(self._samples(pixels, restart, step, gradient))
-        self.spent.forwards += len(looks) * len(self)
-        self.spent.backwards += len(looks) * len(self) * gradient
-        return _mean(looks)
-
-    def _samples(self, pixels: Tensor, restart: int, step: int, gradient: bool) -> Iterator[_Look]:
-        valid = self.reference != self.victim.ignore_index
-        for sample in range(self.samples):
-            leaf = pixels.detach().requires_grad_(gradient)
-            # every look of every restart draws anew: 0, 1, 2, …
-            draw = (restart * (self.options.max_iter + 1) + step) * self.samples + sample
-            with torch.set_grad_enabled(gradient), self.under(draw):
-                placed, covered = self.place(leaf, (restart, step, sample))
-                counted = valid & ~covered
-                logits = self.victim.logits(placed)
-                loss = self.objective(logits, self.reference, counted)
-                # asked for alone: the gradients of the weights are not computed
-                slope = torch.autograd.grad(loss.sum(), leaf)[0] if gradient else torch.zeros_like(leaf)
-            yield _Look(self.criterion(logits.detach(), self.reference, counted), loss.detach(), slope)
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What a look at the patches of a batch shows: (N,), (N,) and (N, C, h, w), zero if no gradient was asked for."""
-
-    criterion: Tensor
-    loss: Tensor
-    gradient: Tensor
-
-    def rows(self, chosen: Tensor) -> _Look:
-        """The look at some of the patches."""
-        return _Look(self.criterion[chosen], self.loss[chosen], self.gradient[chosen])
-
-
-def _mean(looks: list[_Look]) -> _Look:
-    if len(looks) == 1:
-        return looks[0]
-    return _Look(*(torch.stack(parts).mean(0) for parts in zip(*(vars(look).values() for look in looks), strict=True)))
+@torch.no_grad()
+def observed_traits(victim: Victim, image: Tensor, options: AttackOptions) -> Traits:
+    """The victim's traits as it declares them, and `random` where it is found to be: two looks at one image differ."""
+    traits = victim.traits
+    if traits.random or options.undefended:
+        return traits
+    image = image.detach().to(victim.device)
+    one, two = victim.logits(image), victim.logits(image)
+    if float((one - two).abs().max()) <= _SAME * float(one.abs().max()):
+        return traits
+    warnings.warn(
+        "The model gives two predictions for one image without declaring that it is random; it is attacked as a random "
+        "one, over several draws. A defence declares it by an attribute `traits = ramdefense.Traits(random=True)`.",
+        stacklevel=2,
+    )
+    return replace(traits, random=True)
 
 
 @dataclass
 class _Kept:
-    """The patches kept so far for the images of a batch, what they reached, and the steps made for them."""
+    """The values kept so far for the images of a batch, what they reached, and the steps made for them."""
 
-    pixels: Tensor
+    variable: Tensor
     criterion: Tensor
     loss: Tensor
     steps: Tensor
 
     @classmethod
-    def nothing(cls, pixels: Tensor) -> _Kept:
-        """Patches that every other is better than."""
-        never = pixels.new_full((len(pixels),), torch.inf)
-        return cls(pixels.clone(), -never, never.clone(), torch.zeros_like(never, dtype=torch.int64))
+    def nothing(cls, variable: Tensor) -> _Kept:
+        """Values that every other is better than."""
+        never = variable.new_full((len(variable),), torch.inf)
+        return cls(variable.clone(), -never, never.clone(), torch.zeros_like(never, dtype=torch.int64))
 
-    def keep(self, rows: Tensor, pixels: Tensor, criterion: Tensor, loss: Tensor) -> None:
-        """Take the patches of the images `rows` where they are better: more won or, as much won, less loss."""
+    def keep(self, rows: Tensor, variable: Tensor, criterion: Tensor, loss: Tensor) -> None:
+        """Take the values of the images `rows` where they are better: more won or, as much won, less loss."""
         won, lost = self.criterion[rows], self.loss[rows]
         better = (criterion > won) | ((criterion == won) & (loss < lost))
-        self.pixels[rows] = pixels.where(better[:, None, None, None], self.pixels[rows])
+        self.variable[rows] = variable.where(better[:, None, None, None], self.variable[rows])
         self.criterion[rows] = criterion.to(won.dtype).where(better, won)
         self.loss[rows] = loss.to(lost.dtype).where(better, lost)
 
 
-def _best_of_restarts(problem: _Problem, progress: tqdm) -> _Kept:
-    """Run every restart on the images that are not done, and keep the best patch of each."""
-    best = _Kept.nothing(problem.start(0))
-    left = torch.arange(len(problem), device=problem.images.device)
-    for restart in range(problem.options.num_restarts):
-        if problem.deterministic and problem.options.keep_best:
-            left = left[best.criterion[left] < 1]
-        if len(left):
-            run = _run(problem.rows(left), restart, progress)
-            best.keep(left, run.pixels, run.criterion, run.loss)
-            best.steps[left] += run.steps
-        else:
-            progress.update(problem.options.max_iter)
+def _best_of_runs(problem: Problem, progress: tqdm) -> _Kept:
+    """Every restart with every objective on the images that are not done; the best of each image is kept."""
+    options = problem.options
+    best = _Kept.nothing(problem.threat.start(0))
+    left = torch.arange(len(problem), device=best.steps.device)
+    for number, objective in enumerate(options.make_objectives()):
+        for restart in range(options.num_restarts):
+            if problem.deterministic and options.keep_best:
+                left = left[best.criterion[left] < 1]
+            if len(left):
+                chosen = replace(problem.rows(left), objective=objective)
+                run = _run(chosen, number * options.num_restarts + restart, restart, progress)
+                best.keep(left, run.variable, run.criterion, run.loss)
+                best.steps[left] += run.steps
+            else:
+                progress.update(options.max_iter)
     return best
 
 
-def _run(problem: _Problem, restart: int, progress: tqdm) -> _Kept:
-    """One run of the loop over the images of a problem."""
+def _run(problem: Problem, run: int, restart: int, progress: tqdm) -> _Kept:
+    """One run of the loop over the images of a problem, from the start of that restart."""
     options = problem.options
-    low, high = (float(value) for value in problem.victim.clip_values)
     rule, schedule = options.make_step_rule(), SCHEDULES[options.step_schedule]
-    pixels = problem.start(restart)
-    state: State = rule.start(pixels)
-    kept = _Kept.nothing(pixels)
-    rows = torch.arange(len(problem), device=pixels.device)  # of the kept patches, for the images still in the batch
+    # the first run of each objective starts where the first of all does
+    variable = problem.threat.start(run if restart else 0)
+    state: State = rule.start(variable, _keys(problem, run).to(variable.device))
+    kept = _Kept.nothing(variable)
+    rows = torch.arange(len(problem), device=variable.device)  # of the kept values, for the images still in the batch
     for step in range(options.max_iter):
-        look = problem.look(pixels, restart, step, gradient=True)
+        step_size = schedule(step / options.max_iter) * options.eps_step
+        point = rule.point(variable, step_size, state)
+        point = point if point is variable else problem.threat.project(point)
+        look = problem.look(point, run, step, gradient=rule.gradient)
         if options.keep_best:
-            kept.keep(rows, pixels, look.criterion, look.loss)
+            kept.keep(rows, point, look.criterion, look.loss)
             # an estimate of 1 from a few draws is no proof, so only a deterministic problem is ever done
             if problem.deterministic and bool((look.criterion == 1).any()):
                 stay = (look.criterion < 1).nonzero()[:, 0]
                 if not len(stay):
                     progress.update(options.max_iter - step)
                     return kept
-                rows, pixels, problem, look = rows[stay], pixels[stay], problem.rows(stay), look.rows(stay)
+                rows, variable, point = rows[stay], variable[stay], point[stay]
+                problem, look = problem.rows(stay), look.rows(stay)
                 state = {name: value[stay] for name, value in state.items()}
-        step_size = schedule(step / options.max_iter) * options.eps_step
-        pixels, state = rule.update(pixels, look.gradient, step_size, state)
-        pixels = project_box(pixels, low, high)
+        seen = Seen(point, look.gradient, look.loss)
+        variable, state = rule.update(variable, seen, step_size, state, problem.threat.project)
         kept.steps[rows] += 1
         progress.update()
-    last = problem.look(pixels, restart, options.max_iter, gradient=False)
-    kept.keep(rows, pixels, last.criterion, last.loss)
+    last = problem.look(variable, run, options.max_iter, gradient=False)
+    kept.keep(rows, variable, last.criterion, last.loss)
     return kept
+
+
+def _keys(problem: Problem, run: int) -> Tensor:
+    """A seed for each image's own random numbers in a step rule: (N,) int64."""
+    seeds = [stream(problem.options.seed, "step", image, run).initial_seed() for image in problem.streams]
+    return torch.tensor(seeds, dtype=torch.int64)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ where an image holds too many classes is our own definition, marked so below.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -145,6 +145,40 @@ class FixedClass:
         return torch.where(labels == ignore_index, labels, self.index)
 
 
+@dataclass(frozen=True)
+class Region:
+    """One rectangle becomes one class, and nothing else counts: the aim of a patch that is somewhere else (Mirsky,
+    "IPatch: A Remote Adversarial Patch", 2021).
+
+    Args:
+        index: The class, in [0, nb_classes).
+        box: (top, left, bottom, right) as fractions of the image's height and width.
+    """
+
+    index: int
+    box: tuple[float, float, float, float] = (0.0, 0.0, 0.5, 0.5)
+    targeted: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        top, left, bottom, right = self.box
+        if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+            raise ValueError(
+                f"`box` is {self.box!r}; it must be (top, left, bottom, right), fractions of the image in that order."
+            )
+
+    def __call__(
+        self, labels: Tensor, *, nb_classes: int, ignore_index: int = 255, images: Sequence[int] | None = None
+    ) -> Tensor:
+        """As `FixedClass.__call__`; void outside the rectangle."""
+        inside = torch.full_like(labels, ignore_index)
+        height, width = labels.shape[-2:]
+        top, bottom = round(self.box[0] * height), round(self.box[2] * height)
+        left, right = round(self.box[1] * width), round(self.box[3] * width)
+        inside[:, top:bottom, left:right] = labels[:, top:bottom, left:right]
+        _present(labels, nb_classes, ignore_index)
+        return FixedClass(self.index)(inside, nb_classes=nb_classes, ignore_index=ignore_index, images=images)
+
+
 @dataclass(frozen=True, eq=False)
 class TargetMap:
     """A map that the user brings.
@@ -174,6 +208,31 @@ class TargetMap:
 
     def __repr__(self) -> str:
         return f"TargetMap(map=<{'×'.join(map(str, self.map.shape))}>)"
+
+
+_NAMED: dict[str, Callable[[int], Target]] = {
+    "permute": Permute,
+    "strip": lambda seed: Strip(seed=seed),
+    "untargeted": lambda seed: Untargeted(),
+}
+
+
+def named_target(name: str, seed: int = 0) -> Target:
+    """A target by its name: "permute", "strip", "untargeted", or the number of a class for all pixels, such as "3".
+
+    Args:
+        name: Which.
+        seed: Seed of the maps that are drawn.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name.isdecimal():
+        return FixedClass(int(name))
+    if name not in _NAMED:
+        known = ", ".join(map(repr, _NAMED))
+        raise ValueError(f"`target` is {name!r}; the names are {known}, or the number of a class, such as '3'.")
+    return _NAMED[name](seed)
 
 
 def _present(labels: Tensor, nb_classes: int, ignore_index: int) -> Tensor:

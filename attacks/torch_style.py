@@ -1,24 +1,25 @@
-"""Patch attacks in the style of torchattacks: `atk = PermuteAttack(model); adversarial = atk(images, labels)`.
+"""The attacks in the style of torchattacks: `atk = PermuteAttack(model); adversarial = atk(images, labels)`.
 
 The model is any `nn.Module` for segmentation, a hardened one included. The optimisation is the one of
-`attacks.optimize`; the same options give the same patch as `attacks.art_style`.
+`attacks.optimize`; the same options give the same images as `attacks.art_style`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from attacks.optimize import Result, make_patch
-from attacks.options import PatchOptions
+from attacks.minimal_norm import MinimalNormOptions, smallest_perturbation
+from attacks.optimize import Result, make_patch, optimize
+from attacks.options import AttackOptions, PatchOptions, PixelOptions
 from attacks.patch import Patch
 from attacks.streams import stream
 from attacks.targets import Permute, Strip
@@ -35,7 +36,7 @@ class SaveStatistics(NamedTuple):
     seconds: float  # for the last batch
 
 
-class SegmentationAttack(Attack):
+class LabelMapAttack(Attack):
     """What torchattacks' base class needs to attack a segmentation model; its modes then work on label maps.
 
     Args:
@@ -92,7 +93,7 @@ class SegmentationAttack(Attack):
             self._set_normalization_applied(applied)
 
     def changed(self, size: tuple[int, int]) -> Tensor:
-        """The pixels that the attack may change on an image of (height, width), left out of statistics: bool."""
+        """The pixels that the attack covers on an image of (height, width), left out of statistics: bool; here none."""
         return torch.zeros(size, dtype=torch.bool)
 
     def save(
@@ -172,6 +173,76 @@ class SegmentationAttack(Attack):
                 module.training = training
 
 
+class SegmentationAttack(LabelMapAttack):
+    """An attack whose options are those of `options_class`; each is an attribute, too.
+
+    Arguments:
+        model (nn.Module): model to attack.
+        ignore_index (int): label of void pixels. (Default: 255)
+        options: the keywords of `options_class`, with its defaults.
+
+    After a call `result` holds success, steps and seconds.
+    """
+
+    options_class: ClassVar[type[AttackOptions]] = AttackOptions
+    search: ClassVar[Callable[..., tuple[Tensor, Any]]] = staticmethod(optimize)  # what finds the adversarial images
+    brings: ClassVar[frozenset[str]] = frozenset({"targeted"})  # options that are not set here; the base class has it
+
+    def __init__(self, model: nn.Module, *, ignore_index: int = 255, **options: Any) -> None:
+        checked = self.options_class.of(type(self).__name__, options)
+        super().__init__(type(self).__name__, model, ignore_index=ignore_index, seed=checked.seed)
+        for name in self.options_class.names():
+            if name not in self.brings:
+                setattr(self, name, getattr(checked, name))
+        # a mode that chooses the target map makes sense only where no target does
+        self.supported_mode = ["default", "targeted"] if self.target is None else ["default"]
+        if self.target is None and checked.targeted:
+            self.set_mode_targeted_by_label(quiet=True)
+        self.targeted = self._options(bool(checked.targeted)).aims
+        self.result: Result | None = None
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, *, streams: Sequence[int] | None = None) -> Tensor:
+        """Images in [0, 1] -> adversarial images.
+
+        Args:
+            images: (N, C, H, W).
+            labels: (N, H, W), or None.
+            streams: Stream number of each image, on which all that is random for it depends; None: 0..N-1.
+
+        Raises:
+            ValueError: As `attacks.optimize.optimize`.
+        """
+        options = self._options(self.targeted)
+        images = self._in_range(images.detach().to(self.device))
+        # a goal may be not to look at labels, `attacks.pixelwise.OwnPrediction`
+        own_prediction = getattr(options.goal, "own_prediction", False)
+        y = None if labels is None or own_prediction else labels.detach().to(self.device)
+        if options.aims and options.target is None:
+            y = self.get_target_label(images, y)
+        with torch.no_grad(), conditions(self.model, draw=0):
+            nb_classes = self.get_logits(images[:1]).shape[1]
+        return self._attacked(_ModelAsVictim(self, nb_classes), images, y, options, streams)
+
+    def _attacked(
+        self, victim: _ModelAsVictim, images: Tensor, y: Tensor | None, options: Any, streams: Sequence[int] | None
+    ) -> Tensor:
+        """The adversarial images, like `images`; sets `result`."""
+        adversarial, self.result = self.search(victim, images, y, options, streams)
+        return adversarial.to(images)
+
+    def _options(self, targeted: bool) -> AttackOptions:
+        """The checked options; `targeted`, which torchattacks' modes set, has a say only where no target has one."""
+        given = {name: getattr(self, name) for name in self.options_class.names() if name != "targeted"}
+        return self.options_class(**given, targeted=targeted if self.target is None else None)
+
+    def _in_range(self, images: Tensor) -> Tensor:
+        """Un-normalised images are in [0, 1] but for rounding, which is taken off; others stay as they are."""
+        if self._normalization_applied is not False:
+            return images
+        clipped = images.clamp(0.0, 1.0)
+        return clipped if torch.allclose(clipped, images, rtol=0.0, atol=1e-4) else images
+
+
 class PatchAttack(SegmentationAttack):
     """A patch for each image, made by gradient steps on the pixels of a rectangle that may take any value.
 
@@ -195,44 +266,16 @@ class PatchAttack(SegmentationAttack):
         >>> adv_images = atk(images, labels)  # doctest: +SKIP
     """
 
-    _option_names = tuple(name for name in PatchOptions.names() if name != "targeted")  # the base class has that one
+    options_class = PatchOptions
 
     def __init__(self, model: nn.Module, *, ignore_index: int = 255, **options: Any) -> None:
-        checked = PatchOptions.of(type(self).__name__, options)
-        super().__init__(type(self).__name__, model, ignore_index=ignore_index, seed=checked.seed)
-        for name in self._option_names:
-            setattr(self, name, getattr(checked, name))
-        # a mode that chooses the target map makes sense only where no target does
-        self.supported_mode = ["default", "targeted"] if self.target is None else ["default"]
-        if self.target is None and checked.targeted:
-            self.set_mode_targeted_by_label(quiet=True)
-        self.targeted = checked.aims if self.target is None else self.target.targeted
+        super().__init__(model, ignore_index=ignore_index, **options)
         self.patch: Patch | None = None
-        self.result: Result | None = None
 
-    def forward(
-        self, images: Tensor, labels: Tensor | None = None, *, streams: Sequence[int] | None = None
+    def _attacked(
+        self, victim: _ModelAsVictim, images: Tensor, y: Tensor | None, options: Any, streams: Sequence[int] | None
     ) -> Tensor:
-        """Images in [0, 1] -> patched images.
-
-        Args:
-            images: (N, C, H, W).
-            labels: (N, H, W), or None.
-            streams: Stream number of each image, on which all that is random for it depends; None: 0..N-1.
-
-        Raises:
-            ValueError: As `attacks.optimize.make_patch`.
-        """
-        given = {name: getattr(self, name) for name in PatchOptions.names()}
-        # a target has its own say; `targeted` is what torchattacks' modes set
-        options = PatchOptions(**{**given, "targeted": None if self.target else self.targeted})
-        images = self._in_range(images.detach().to(self.device))
-        y = None if labels is None else labels.detach().to(self.device)
-        if options.aims and options.target is None:
-            y = self.get_target_label(images, y)
-        with torch.no_grad(), conditions(self.model, draw=0):
-            nb_classes = self.get_logits(images[:1]).shape[1]
-        self.patch, self.result = make_patch(_ModelAsVictim(self, nb_classes), images, y, options, streams)
+        self.patch, self.result = make_patch(victim, images, y, options, streams)
         return self.patch.paste(images)
 
     def changed(self, size: tuple[int, int]) -> Tensor:
@@ -242,20 +285,55 @@ class PatchAttack(SegmentationAttack):
         adversarial = super().__call__(inputs, labels, *args, **kwargs)
         # normalised images were un-normalised and normalised again, which rounds: outside the patch they are as given
         changed = self.changed((adversarial.shape[-2], adversarial.shape[-1])).to(adversarial.device)
-        return torch.where(changed, adversarial, inputs.detach().to(adversarial))
+        return torch.where(changed.unsqueeze(-3), adversarial, inputs.detach().to(adversarial))
 
-    def _in_range(self, images: Tensor) -> Tensor:
-        """Un-normalised images are in [0, 1] but for rounding, which is taken off; others stay as they are."""
-        if self._normalization_applied is not False:
-            return images
-        clipped = images.clamp(0.0, 1.0)
-        return clipped if torch.allclose(clipped, images, rtol=0.0, atol=1e-4) else images
+
+class PixelAttack(SegmentationAttack):
+    """A perturbation of every pixel for each image, within a ball around the image, made by the loop of `PatchAttack`.
+
+    Distance Measure: Linf, L2
+
+    Arguments:
+        model (nn.Module): model to attack.
+        ignore_index (int): label of void pixels. (Default: 255)
+        options: the keywords of `attacks.options.PixelOptions`, with its defaults; each is an attribute, too.
+
+    Shapes as of `PatchAttack`. The attacks of the papers are presets of it (`attacks.pixelwise`).
+
+    Examples::
+        >>> atk = PixelAttack(model, eps=8/255, eps_step=2/255, max_iter=10)  # doctest: +SKIP
+        >>> adv_images = atk(images, labels)  # doctest: +SKIP
+    """
+
+    options_class = PixelOptions
+
+
+class MinimalNormAttack(SegmentationAttack):
+    """For each image the smallest perturbation with which a given share of the pixels is won (`attacks.minimal_norm`).
+
+    Distance Measure: Linf, L2
+
+    Arguments:
+        model (nn.Module): model to attack.
+        ignore_index (int): label of void pixels. (Default: 255)
+        options: the keywords of `attacks.minimal_norm.MinimalNormOptions`, with its defaults; each is an attribute.
+
+    After a call `result` holds the norm for each image, whether the share was reached, and what it took. Shapes as of
+    `PatchAttack`.
+
+    Examples::
+        >>> atk = MinimalNormAttack(model, norm="inf", threshold=0.99)  # doctest: +SKIP
+        >>> adv_images = atk(images, labels)  # doctest: +SKIP
+    """
+
+    options_class = MinimalNormOptions
+    search = staticmethod(smallest_perturbation)
 
 
 class _NamedTargetAttack(PatchAttack):
     """A `PatchAttack` that brings its own target, made anew from the seed."""
 
-    _option_names = tuple(name for name in PatchAttack._option_names if name != "target")
+    brings = PatchAttack.brings | {"target"}
 
     def __init__(self, model: nn.Module, *, ignore_index: int = 255, **options: Any) -> None:
         chosen = sorted({"target", "targeted"} & set(options))
@@ -297,7 +375,7 @@ class _ModelAsVictim:
 
     clip_values = (0.0, 1.0)
 
-    def __init__(self, attack: SegmentationAttack, nb_classes: int) -> None:
+    def __init__(self, attack: LabelMapAttack, nb_classes: int) -> None:
         self._attack = attack
         self.nb_classes = nb_classes
 
@@ -316,11 +394,27 @@ class _ModelAsVictim:
     def logits(self, images: Tensor) -> Tensor:
         return self._attack.get_logits(images)
 
+    @property
+    def model(self) -> nn.Module:
+        model: nn.Module = self._attack.model
+        return model
+
     def conditions(
-        self, *, images: Sequence[int] | None = None, draw: int | None = None, straight_through: bool = False
+        self,
+        *,
+        images: Sequence[int] | None = None,
+        draw: int | None = None,
+        straight_through: bool = False,
+        undefended: bool = False,
     ) -> AbstractContextManager[None]:
         streams = None if images is None else tuple(images)
-        return conditions(self._attack.model, images=streams, draw=draw, straight_through=straight_through)
+        return conditions(
+            self._attack.model,
+            images=streams,
+            draw=draw,
+            straight_through=straight_through,
+            undefended=undefended,
+        )
 
 
 def _confusion(predictions: Tensor, labels: Tensor, nb_classes: int) -> Tensor:

@@ -15,7 +15,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from attacks.patch import paste, rectangle
+from attacks.geometry import Surface, lay, view
+from attacks.patch import Place, covered_by, paste
 from attacks.streams import stream
 
 
@@ -74,8 +75,11 @@ class Transformation:
         still = (self.angle == 0) & (self.scale == 1)
         return still & (self.shift == 0).all(1) & (self.corners == 0).flatten(1).all(1)
 
-    def homography(self, patch_shape: tuple[int, int], location: tuple[int, int]) -> Tensor:
-        """Where the patch goes: (N, 3, 3) float64, from (column, row) on the patch to (column, row) on the image."""
+    def homography(self, patch_shape: tuple[int, int], location: Place) -> Tensor:
+        """Where the patch goes: (N, 3, 3) float64, from (column, row) on the patch to (column, row) on the image.
+
+        On a surface the patch is transformed in its own plane, and then seen in the surface's perspective.
+        """
         from kornia.geometry.transform import get_perspective_transform
 
         size = torch.tensor(patch_shape, dtype=torch.float64)
@@ -86,8 +90,10 @@ class Transformation:
         turn = torch.stack([torch.stack([cosine, -sine], -1), torch.stack([sine, cosine], -1)], -2)  # on (row, column)
         tilted = corners + self.corners.double() * size - centre
         placed = self.scale.double()[:, None, None] * tilted @ turn.mT
-        placed = placed + centre + torch.tensor(location, dtype=torch.float64) + self.shift.double()[:, None] * size
-        return get_perspective_transform(corners.flip(-1).expand(len(placed), -1, -1), placed.flip(-1))
+        at = torch.tensor((0, 0) if isinstance(location, Surface) else location, dtype=torch.float64).view(-1, 1, 2)
+        placed = placed + centre + at + self.shift.double()[:, None] * size
+        transform = get_perspective_transform(corners.flip(-1).expand(len(placed), -1, -1), placed.flip(-1))
+        return location.homography(patch_shape) @ transform if isinstance(location, Surface) else transform
 
     def light(self, pixels: Tensor, clip_values: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         """The patches as they are lit: brightness, contrast and noise, clipped to the range.
@@ -113,19 +119,22 @@ class Transformation:
         self,
         images: Tensor,
         pixels: Tensor,
-        location: tuple[int, int],
+        location: Place,
         clip_values: tuple[float, float] = (0.0, 1.0),
+        alpha: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Put the transformed patches on the images.
 
         Patch and alpha are warped together, as four channels, and then laid over the image, so that the border is
-        blended once and has no seam. A patch that stays in place is pasted, exactly.
+        blended once and has no seam. A patch that stays in place is pasted, exactly. On a surface the edge is sharp
+        (`attacks.geometry.view`), whether the patch stays or not.
 
         Args:
             images: (N, C, H, W), in the clip range.
             pixels: (N, C, h, w), in the clip range; the result is differentiable in them.
-            location: (top, left) of the patch before it is transformed.
+            location: Place of the patch before it is transformed: (top, left), N of them, or a surface.
             clip_values: The range of the pixels, to which the lit patch is clipped.
+            alpha: (h, w) in [0, 1], moved with the pixels; None: 1.
 
         Returns:
             The images, (N, C, H, W), and the pixels that the patch covers in part or whole, (N, H, W) bool. Pixels that
@@ -136,19 +145,23 @@ class Transformation:
         shape, size = (pixels.shape[-2], pixels.shape[-1]), (images.shape[-2], images.shape[-1])
         lit = self.light(pixels, clip_values)
         still = self.stays_in_place().to(images.device)
-        pasted = paste(images, lit, location)
-        under = rectangle(shape, location, size, images.device).expand(len(images), -1, -1)
+        pasted = paste(images, lit, location, alpha)
+        under = covered_by(shape, location, size, images.device, alpha).expand(len(images), -1, -1)
         if self.stays_in_place().all():
             return pasted, under
-        layers = torch.cat([lit, torch.ones_like(lit[:, :1])], 1)
-        # zeros outside the patch: the warped colours come out already multiplied by the warped alpha
-        warped = warp_perspective(
-            layers, self.homography(shape, location).to(layers), size, padding_mode="zeros", align_corners=True
-        )
-        alpha = warped[:, -1:]
-        laid = images * (1 - alpha) + warped[:, :-1]
+        homography = self.homography(shape, location)
+        if isinstance(location, Surface):
+            colour, opacity = view(lit, alpha, homography, size)
+            laid = lay(images, colour, opacity)
+        else:
+            opaque = torch.ones_like(lit[:, :1]) if alpha is None else alpha.to(lit).expand(len(lit), 1, -1, -1)
+            layers = torch.cat([lit * opaque, opaque], 1)
+            # zeros outside the patch: the warped colours come out already multiplied by the warped alpha
+            warped = warp_perspective(layers, homography.to(layers), size, padding_mode="zeros", align_corners=True)
+            opacity = warped[:, -1:]
+            laid = images * (1 - opacity) + warped[:, :-1]
         where = still[:, None, None]
-        return torch.where(where[:, None], pasted, laid), torch.where(where, under, alpha[:, 0] != 0)
+        return torch.where(where[:, None], pasted, laid), torch.where(where, under, opacity[:, 0] != 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +44,11 @@ def evaluate(
     model: Annotated[list[str], typer.Option(help="Model by name, see `ramdefense models`; may be repeated.")],
     data: Annotated[str, typer.Option(help="scenes[:N], camvid:PATH[:SPLIT], folder:PATH, voc:PATH, cityscapes:PATH.")],
     attack: Annotated[
-        list[str] | None, typer.Option(help="See `ramdefense attacks`; repeatable. If not given, permute and strip.")
+        list[str] | None,
+        typer.Option(help="See `ramdefense attacks`, or all; repeatable. If not given, permute and strip."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="permute, strip, untargeted or a class's number, for attacks that have none.")
     ] = None,
     defence: Annotated[
         list[str] | None, typer.Option(help="See `ramdefense defences`; repeatable. If not given, none and ram.")
@@ -67,6 +73,8 @@ def evaluate(
     with _user_errors():
         _load_plugins(plugin)
         options: dict[str, Any] = dict(_option(text) for text in option or [])
+        if target is not None:
+            options["target"] = target
         if patch_location is not None:
             corner = not patch_location[:1].isdigit()
             options["patch_location"] = patch_location if corner else _pair(patch_location, "--patch-location")
@@ -112,6 +120,127 @@ def table(
         typer.echo(results.markdown())
     else:
         _show(results.table())
+
+
+_Target = Annotated[str | None, typer.Option(help="permute, strip, untargeted or a class's number.")]
+_Out = Annotated[Path | None, typer.Option(help="Folder of the run; the same command again resumes it.")]
+_MaxIter = Annotated[int | None, typer.Option(help="Steps of the attack.")]
+_PatchSize = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number for a square.")]
+_PatchLocation = Annotated[str | None, typer.Option(help="TOPxLEFT in pixels, or a corner, as lower_right.")]
+_Options = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, a further option; may be repeated.")]
+_Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH that the data are resized to.")]
+_Region = Annotated[str, typer.Option(help="Which pixels count: outside the patch, or everywhere.")]
+_Device = Annotated[str | None, typer.Option(help="cpu or gpu; a GPU where there is one, if not given.")]
+
+
+@app.command()
+def transfer(
+    model: Annotated[list[str], typer.Option(help="Model by name, see `ramdefense models`; give several.")],
+    data: Annotated[str, typer.Option(help="As of `ramdefense evaluate`.")],
+    attack: Annotated[str, typer.Option(help="See `ramdefense attacks`.")] = "permute",
+    target: _Target = None,
+    ensembles: Annotated[
+        bool, typer.Option("--ensembles", help="Make them on all models but one at once, too, for each one.")
+    ] = False,
+    images: Annotated[int | None, typer.Option(help="How many, spread evenly over the data; all if not given.")] = None,
+    out: _Out = None,
+    max_iter: _MaxIter = None,
+    patch_size: _PatchSize = None,
+    patch_location: _PatchLocation = None,
+    option: _Options = None,
+    size: _Size = None,
+    region: _Region = "outside",
+    batch_size: Annotated[int, typer.Option(help="Images worked on at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the attack.")] = 0,
+    device: _Device = None,
+    plugin: Plugins = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Make patches on each model, test them on every model, and show the matrix."""
+    with _user_errors():
+        _load_plugins(plugin)
+        options = _attack_options(option, target, patch_size, patch_location, device)
+        from evaluation.transfer import transfer as run
+
+        result = run(
+            model,
+            attack,
+            data,
+            ensembles=ensembles,
+            images=images,
+            size=None if size is None else _pair(size, "--size"),
+            batch_size=batch_size,
+            seed=seed,
+            region=region,  # type: ignore[arg-type]  # checked there
+            out=out,
+            verbose=not quiet,
+            max_iter=max_iter,
+            device_type=device,
+            **options,
+        )
+    if not result.interrupted:
+        _show(result.table())
+    if out is not None:
+        _show(f"Matrix, rows and patches: {out}")
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def universal(
+    model: Annotated[str, typer.Option(help="Model by name, see `ramdefense models`.")],
+    data: Annotated[str, typer.Option(help="Frames that the patch is made on; as of `ramdefense evaluate`.")],
+    test: Annotated[str, typer.Option(help="Other frames, that it is tested on.")],
+    attack: Annotated[str, typer.Option(help="A patch attack, see `ramdefense attacks`.")] = "untargeted",
+    target: _Target = None,
+    images: Annotated[int | None, typer.Option(help="How many frames to make it on; all if not given.")] = None,
+    test_images: Annotated[int | None, typer.Option(help="How many frames to test it on; all if not given.")] = None,
+    out: _Out = None,
+    max_iter: _MaxIter = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the frames, in place of --max-iter.")] = None,
+    patch_size: _PatchSize = None,
+    patch_location: _PatchLocation = None,
+    option: _Options = None,
+    size: _Size = None,
+    region: _Region = "outside",
+    batch_size: Annotated[int, typer.Option(help="Frames in a step, and images tested at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the attack.")] = 0,
+    device: _Device = None,
+    plugin: Plugins = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Make one patch for all frames, and test it on unseen ones beside a random and a grey patch."""
+    with _user_errors():
+        _load_plugins(plugin)
+        options = _attack_options(option, target, patch_size, patch_location, device)
+        from evaluation.transfer import universal as run
+
+        try:
+            result = run(
+                model,
+                data,
+                test,
+                attack,
+                images=images,
+                test_images=test_images,
+                epochs=epochs,
+                size=None if size is None else _pair(size, "--size"),
+                batch_size=batch_size,
+                seed=seed,
+                region=region,  # type: ignore[arg-type]  # checked there
+                out=out,
+                verbose=not quiet,
+                max_iter=max_iter,
+                device_type=device,
+                **options,
+            )
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+    if result.results.interrupted:
+        raise typer.Exit(130)
+    _show(result.table())
+    if out is not None:
+        _show(f"Patch: {out / 'patch.safetensors'}")
 
 
 @app.command()
@@ -208,13 +337,28 @@ def train(
 
 
 @app.command("attacks")
-def list_attacks(plugin: Plugins = None) -> None:
+def list_attacks(
+    plugin: Plugins = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list of objects.")] = False,
+) -> None:
     """The attacks by name."""
     with _user_errors():
         _load_plugins(plugin)
         from attacks.catalogue import attacks
 
-    _show_table(("attack", "what it does", "source"), [(e.name, e.summary, e.paper) for e in attacks().values()])
+    if as_json:
+        listed = [{f.name: getattr(e, f.name) for f in fields(e) if f.name != "factory"} for e in attacks().values()]
+        typer.echo(json.dumps(listed, indent=2))
+        return
+    _show_table(
+        ("attack", "what it does", "source"), [(e.name, e.summary, _cited(e.paper)) for e in attacks().values()]
+    )
+
+
+def _cited(paper: str) -> str:
+    """Authors and venue of "authors, title, venue"."""
+    authors, *_, venue = paper.split(", ") if ", " in paper else (paper, "")
+    return f"{authors}, {venue}" if venue else authors
 
 
 @app.command("defences")
@@ -297,6 +441,27 @@ def _pair(text: str, name: str) -> tuple[int, int]:
     if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
         raise ValueError(f"{name} {text}: two whole numbers, as in 40x60 (rows first), or one for both")
     return int(parts[0]), int(parts[-1])
+
+
+def _attack_options(
+    option: list[str] | None,
+    target: str | None,
+    patch_size: str | None,
+    patch_location: str | None,
+    device: str | None,
+) -> dict[str, Any]:
+    """The options of an attack that have switches of their own, and the others."""
+    if device not in (None, "cpu", "gpu"):
+        raise ValueError(f"--device {device}: cpu or gpu")
+    options: dict[str, Any] = dict(_option(text) for text in option or [])
+    if target is not None:
+        options["target"] = target
+    if patch_size is not None:
+        options["patch_shape"] = _pair(patch_size, "--patch-size")
+    if patch_location is not None:
+        corner = not patch_location[:1].isdigit()
+        options["patch_location"] = patch_location if corner else _pair(patch_location, "--patch-location")
+    return options
 
 
 def _option(text: str) -> tuple[str, Any]:

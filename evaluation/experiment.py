@@ -12,6 +12,7 @@ none.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from attacks.catalogue import attacks as attack_catalogue
-from attacks.patch import Patch
+from attacks.catalogue import entry as attack_entry
+from evaluation.changes import Changes
 from evaluation.datasets import IGNORE_INDEX, SegmentationData, load_data, stack
 from evaluation.figures import Panel, save_figure
 from evaluation.files import write_whole
@@ -34,6 +35,7 @@ from evaluation.store import NONE, Cell, Store, file_name
 from ramdefense.checks import check_images, check_labels
 from ramdefense.defences import defence as defence_by_name
 from ramdefense.segmenter import PyTorchSegmenter
+from ramdefense.traits import NotApplicableError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,6 +46,8 @@ Tick = Callable[[str, float], None]
 
 #: Images whose rows share a file: what an interrupted run loses at most. The rows do not depend on it.
 CHUNK = 16
+#: The name that stands for every attack of the catalogue.
+ALL = "all"
 _PLAIN = {"defence_samples": 1, "straight_through": False}
 #: About how long a variant takes, in units of the plain one: what the remaining time is estimated from.
 _EFFORT = {"plain": 1.0, "adaptive": 4.0, "transfer": 0.05}
@@ -71,7 +75,8 @@ def evaluate(
 
     Args:
         models: names (``evaluation.models.load_model``), segmenters, or name → segmenter.
-        attacks: names (``attacks.attacks()``), or name → ``factory(segmenter, **options)``. An attack is an object with
+        attacks: names (``attacks.attacks()``), which may carry options (``"apgd:target=strip"``), ``"all"`` for every
+            one, or name → ``factory(segmenter, **options)``. An attack is an object with
             ``generate(x, y)`` on NumPy arrays, ``y`` the ground truth; it may offer ``target_map(y)`` (without it, it
             is scored as untargeted) and ``mask(x)`` (without it, every pixel counts), and take ``images=``.
         defences: names (``ramdefense.defences``), or name → function from segmenter to segmenter. ``"none"`` is always
@@ -194,12 +199,18 @@ class _Run:
                 if defended is not None:
                     variants = self._variants(attack, defended)
                     for variant in variants:
-                        self._cells(model, attack, variant, defended, undefended)
+                        try:
+                            self._cells(model, attack, variant, defended, undefended)
+                        except NotApplicableError as error:
+                            self._skip(Skipped(model, name, _reason(error), attack))
+                            break
                 if name != NONE:
                     left_out = sum(effort for variant, effort in _EFFORT.items() if variant not in variants)
                     self.tick(f"{model} · {attack} · {name}", left_out * len(self.indices))
+        inapplicable = {skipped.attack for skipped in self.results.skipped if skipped.model == model}
         for attack in self.attacks:
-            self._figures(model, attack, applied, undefended)
+            if attack not in inapplicable:
+                self._figures(model, attack, applied, undefended)
 
     def _defend(
         self, model: str, name: str, function: DefenceFunction, segmenter: PyTorchSegmenter
@@ -211,14 +222,14 @@ class _Run:
                 raise ValueError(f"defence {name!r} returned a {kind}; it must return a PyTorchSegmenter")
             first = self.indices[:1]
             defended.predict_clean(self._load(first)[0], first)  # a defence may look at the model only when it runs
-        except ValueError as error:
-            if "no attention" not in str(error):
-                raise
-            reason = str(error).partition(":")[0]
-            self.results.skipped.append(Skipped(model, name, reason))
-            self.store.skip(self.results.skipped[-1])
+        except NotApplicableError as error:
+            self._skip(Skipped(model, name, _reason(error)))
             return None
         return defended
+
+    def _skip(self, skipped: Skipped) -> None:
+        self.results.skipped.append(skipped)
+        self.store.skip(skipped)
 
     def _variants(self, attack: str, defended: _Defended) -> list[str]:
         traits = defended.segmenter.traits
@@ -240,9 +251,7 @@ class _Run:
             )
         return made
 
-    def _cells(
-        self, model: str, attack: str, variant: str, defended: _Defended, undefended: _Defended
-    ) -> None:
+    def _cells(self, model: str, attack: str, variant: str, defended: _Defended, undefended: _Defended) -> None:
         """Every chunk of images of one model, attack, defence and variant."""
         made: Any = None
         for chunk, images in self._chunks():
@@ -267,24 +276,28 @@ class _Run:
         self, cell: Cell, attack: Any, images: list[int], defended: _Defended, undefended: _Defended
     ) -> list[Record]:
         records: list[Record] = []
-        pixels = []
-        location = (0, 0)
+        made: list[NDArray[np.float32]] = []
+        masks: list[NDArray[np.bool_] | None] = []
         origin = self._origin(cell, undefended)
-        pasted = None if origin is cell else self.store.patch(origin)
+        pasted = None if origin is cell else self.store.changes(origin)
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
             x, y, names = self._load(batch)
-            mask = np.asarray(attack.mask(x), dtype=bool) if hasattr(attack, "mask") else None
             aim = _target_map(attack, y, batch)
+            forwards: float | None = 0.0
+            backwards: float | None = 0.0
             if pasted is None:
                 adversarial = _generate(attack, x, y, batch)
+                forwards, backwards = (_per_image(attack, name, len(batch)) for name in ("forwards", "backwards"))
+                mask = _mask(attack, x)  # after the attack, which may choose where its patch goes
                 _check(cell.attack, x, adversarial, mask, defended.segmenter)
-                location, part = _cut(adversarial, mask)
-                pixels.append(part)
+                made.append(adversarial)
+                masks.append(mask)
             else:
-                adversarial = Patch(pasted.pixels[start : start + len(batch)], pasted.location).paste(x)
-            records += self._records(cell, batch, names, x, y, adversarial, mask, aim, defended)
-        self.store.write(cell, records, None if pasted else Patch(torch.from_numpy(np.concatenate(pixels)), location))
+                adversarial, mask = pasted.paste(x, slice(start, start + len(batch)))
+            rows = self._records(cell, batch, names, x, y, adversarial, mask, aim, defended)
+            records += [replace(record, forwards=forwards, backwards=backwards) for record in rows]
+        self.store.write(cell, records, None if pasted else Changes.of(made, masks))
         return records
 
     def _records(
@@ -340,12 +353,12 @@ class _Run:
             made = self._make(attack, "plain", undefended.segmenter) if made is None else made
             image = chosen.image
             x, y, _ = self._load([image])
-            mask = np.asarray(made.mask(x), dtype=bool)[0] if hasattr(made, "mask") else None
             aim = _target_map(made, y, [image])
             panels = []
+            mask = None
             for defended in applied:
                 (record,) = worst(r for r in mine if r.defence == defended.name and r.image == image)
-                adversarial = self._patched(record, undefended, x)
+                adversarial, mask = self._patched(record, undefended, x)
                 panels.append(
                     Panel(
                         title=defended.name,
@@ -361,17 +374,19 @@ class _Run:
                 panels,
                 label=y[0],
                 target=None if aim is None else aim[0],
-                mask=mask,
+                mask=None if mask is None else mask[0],
                 classes=self.data.classes,
                 colors=self.data.colors,
                 title=f"{model}, attack {attack}, image {chosen.name}: the {which} one without defence",
             )
 
-    def _patched(self, record: Record, undefended: _Defended, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _patched(
+        self, record: Record, undefended: _Defended, x: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
         place = self.indices.index(record.image)
         cell = Cell(record.model, record.defence, record.attack, record.variant, place - place % CHUNK)
-        patch = self.store.patch(self._origin(cell, undefended))
-        return Patch(patch.pixels[place % CHUNK][None], patch.location).paste(x)
+        changes = self.store.changes(self._origin(cell, undefended))
+        return changes.paste(x, slice(place % CHUNK, place % CHUNK + 1))
 
     def _chunks(self) -> Iterator[tuple[int, list[int]]]:
         for start in range(0, len(self.indices), CHUNK):
@@ -391,14 +406,17 @@ class _Run:
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a keyword of that name can be given."""
+    """Whether a keyword of that name can be given; a preset says which it leaves open."""
+    if isinstance(function, functools.partial):
+        return name not in function.keywords and _takes(function.func, name)
+    left_open = getattr(function, "open", None)
+    if left_open is not None:
+        return name in left_open
     parameters = inspect.signature(function).parameters
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
-def _generate(
-    attack: Any, x: NDArray[np.float32], y: NDArray[np.int64], images: Sequence[int]
-) -> NDArray[np.float32]:
+def _generate(attack: Any, x: NDArray[np.float32], y: NDArray[np.int64], images: Sequence[int]) -> NDArray[np.float32]:
     # by name only: the **kwargs of ART's attacks are meant for other things
     streams = {"images": images} if "images" in inspect.signature(attack.generate).parameters else {}
     return np.asarray(attack.generate(x.copy(), y.copy(), **streams), dtype=np.float32)
@@ -430,15 +448,20 @@ def _check(
         raise ValueError(f"attack {name!r} changed pixels outside its mask")
 
 
-def _cut(
-    adversarial: NDArray[np.float32], mask: NDArray[np.bool_] | None
-) -> tuple[tuple[int, int], NDArray[np.float32]]:
-    """The smallest rectangle that holds every changed pixel, and what is in it."""
-    if mask is None or not mask.any():
-        return (0, 0), adversarial
-    rows, columns = (np.flatnonzero(mask.any(axis=axes)) for axes in ((0, 2), (0, 1)))
-    top, left = int(rows[0]), int(columns[0])
-    return (top, left), adversarial[..., top : rows[-1] + 1, left : columns[-1] + 1]
+def _mask(attack: Any, x: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+    """The pixels that an attack might change, (N, H, W); None where that is all of them, which then all count."""
+    mask = np.asarray(attack.mask(x), dtype=bool) if hasattr(attack, "mask") else None
+    return None if mask is None or mask.all() else mask
+
+
+def _per_image(attack: Any, name: str, images: int) -> float | None:
+    """What an attack says it took for its last batch, for each image."""
+    total = getattr(getattr(attack, "result", None), name, None)
+    return None if total is None else total / images
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition(":")[0]
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -462,11 +485,9 @@ def _attacks(attacks: str | Sequence[str] | Mapping[str, AttackFactory]) -> dict
         return {name: attacks[name] for name in _list(attacks, "attack")}
     names = _list(attacks, "attack")
     _unique(names, "attack")
-    known = attack_catalogue()
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown attack {name!r}; known: {', '.join(known)}")
-    return {name: known[name].factory for name in names}
+    if ALL in names:
+        names = list(dict.fromkeys([*(n for n in names if n != ALL), *attack_catalogue()]))
+    return {name: attack_entry(name).factory for name in names}
 
 
 def _defences(defences: str | Sequence[str] | Mapping[str, DefenceFunction]) -> dict[str, DefenceFunction]:

@@ -16,7 +16,10 @@ from ramdefense.segmenter import PyTorchSegmenter
 
 
 def identity(function: Callable[..., Any]) -> str:
-    """Where a function is defined; two lambdas of one module are told apart by nothing more."""
+    """What a function calls itself, or where it is defined: two lambdas of one module are not told apart."""
+    own = getattr(function, "identity", None)
+    if isinstance(own, str):
+        return own
     if isinstance(function, functools.partial):
         return f"{identity(function.func)}({', '.join(f'{k}={v!r}' for k, v in function.keywords.items())})"
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"

@@ -45,6 +45,8 @@ class Record:
         adversarial: label against prediction under attack, counted pixels.
         changed: prediction without attack against prediction under attack, counted pixels.
         aim, aim_clean: target map against the prediction with and without attack; ``None`` for an attack without one.
+        forwards, backwards: passes that the attack made for this image, the mean over those attacked with it; 0 for a
+            patch that was made before; ``None`` where the attack does not say.
 
     Shape:
         every count is int64 ``(C, C)``, reference down, prediction across.
@@ -62,6 +64,8 @@ class Record:
     changed: Counts
     aim: Counts | None
     aim_clean: Counts | None
+    forwards: float | None = None
+    backwards: float | None = None
 
     @property
     def success(self) -> float:
@@ -97,11 +101,19 @@ def _dense(triples: list[list[int]], nb_classes: int) -> Counts:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A defence that does not apply to a model, and why."""
+    """A defence that does not apply to a model, or an attack that does not, and why.
+
+    Args:
+        model: The model.
+        defence: The defence; of an attack that does not apply, the one it was tried on.
+        reason: Why, in a few words.
+        attack: The attack that does not apply; None: the defence itself does not, whatever the attack.
+    """
 
     model: str
     defence: str
     reason: str
+    attack: str | None = None
 
 
 def _figures(records: Sequence[Record]) -> dict[str, float]:
@@ -121,6 +133,15 @@ def _figures(records: Sequence[Record]) -> dict[str, float]:
         "clean_miou": metrics.mean_iou(metrics.merge([r.whole for r in records])),
         "clean_region_miou": metrics.mean_iou(clean),
         "clean_pixel_accuracy": metrics.pixel_accuracy(clean),
+    }
+
+
+def _passes(variants: Iterable[list[Record]], images: int) -> dict[str, float]:
+    """Passes for each image, over all variants of the attack; NaN where one of them does not say."""
+    records = [record for variant in variants for record in variant]
+    return {
+        name: sum(math.nan if getattr(r, name) is None else getattr(r, name) for r in records) / images
+        for name in ("forwards", "backwards")
     }
 
 
@@ -175,10 +196,13 @@ class Results:
             cell.setdefault(record.variant, []).append(record)
         for key, variants in grouped.items():
             common = set.intersection(*({r.image for r in records} for records in variants.values()))
-            yield key, {
-                variant: sorted((r for r in variants[variant] if r.image in common), key=lambda r: r.image)
-                for variant in sorted(variants, key=_order)
-            }
+            yield (
+                key,
+                {
+                    variant: sorted((r for r in variants[variant] if r.image in common), key=lambda r: r.image)
+                    for variant in sorted(variants, key=_order)
+                },
+            )
 
     def summary(self) -> pd.DataFrame:
         """One row for each model, attack and defence; shares from 0 to 1.
@@ -192,6 +216,7 @@ class Results:
             clean_success: ``success`` of no attack at all, by the same target and pixels.
             clean_miou: mIoU without attack, this defence in place, whole image; clean_region_miou and
                 clean_pixel_accuracy: on the counted pixels.
+            forwards, backwards: passes that the attack made for each image, over all its variants.
             VARIANT_success, VARIANT_target_miou, VARIANT_adversarial_miou: of one variant of the attack.
             note: why the defence does not apply to the model; empty otherwise.
         """
@@ -201,7 +226,7 @@ class Results:
             if not chosen:
                 continue
             row: dict[str, Any] = dict(zip(_KEY, (model, attack, defence), strict=True))
-            row |= {"images": len(chosen), "note": ""} | _figures(chosen)
+            row |= {"images": len(chosen), "note": ""} | _figures(chosen) | _passes(variants.values(), len(chosen))
             for variant in VARIANTS:
                 figures = _figures(variants[variant]) if variant in variants else {}
                 for name in ("success", "target_miou", "adversarial_miou"):
@@ -211,11 +236,13 @@ class Results:
         for skip in self.skipped:
             table += [
                 {"model": skip.model, "attack": attack, "defence": skip.defence, "images": 0, "note": skip.reason}
-                for attack in attacks
+                for attack in (attacks if skip.attack is None else [skip.attack])
             ]
         columns = [*_KEY, "images", "success", "success_drop", *_columns(), "note"]
         frame = pd.DataFrame(table).reindex(columns=columns)
-        undefended = {(row["model"], row["attack"]): row["success"] for row in table if row["defence"] == "none"}
+        undefended = {
+            (r["model"], r["attack"]): r["success"] for r in table if r["defence"] == "none" and not r["note"]
+        }
         frame["success_drop"] = [
             undefended.get((m, a), math.nan) - s
             for m, a, s in zip(frame["model"], frame["attack"], frame["success"], strict=True)
@@ -273,7 +300,9 @@ class Results:
                 *(_index(axes[axis], getattr(r, axis)) for axis in _KEY), _order(r.variant), r.image,
             )
         )  # fmt: skip
-        skipped.sort(key=lambda s: (_index(axes["model"], s.model), _index(axes["defence"], s.defence)))
+        skipped.sort(
+            key=lambda s: tuple(_index(axes[axis], getattr(s, axis) or "") for axis in ("model", "defence", "attack"))
+        )
         return cls(records, classes, skipped, configuration)
 
     @classmethod
@@ -298,9 +327,7 @@ class Results:
                 for name, value in run.configuration[axis].items():
                     if names.setdefault(name, value) != value:
                         raise ValueError(f"{name!r} among the {axis} is not the same thing in all runs")
-        records = {
-            (r.model, r.attack, r.defence, r.variant, r.image): r for run in reversed(runs) for r in run.records
-        }
+        records = {(r.model, r.attack, r.defence, r.variant, r.image): r for run in reversed(runs) for r in run.records}
         skipped = list(dict.fromkeys(skip for run in runs for skip in run.skipped))
         interrupted = any(run.interrupted for run in runs)
         return cls(list(records.values()), first.classes, skipped, {**first.configuration, **axes}, interrupted)
@@ -325,7 +352,7 @@ _MARKDOWN = (
 def _columns() -> list[str]:
     shared = [
         "clean_success", "target_miou", "adversarial_miou", "pixel_accuracy", "iou_ratio", "changed", "clean_miou",
-        "clean_region_miou", "clean_pixel_accuracy",
+        "clean_region_miou", "clean_pixel_accuracy", "forwards", "backwards",
     ]  # fmt: skip
     return shared + [f"{v}_{name}" for v in VARIANTS for name in ("success", "target_miou", "adversarial_miou")]
 
@@ -367,7 +394,10 @@ def _caption(results: Results, counts: set[int]) -> str:
         if present - {"plain"}
         else "",
         f"Void pixels{' and ' + under if under else ''} count nowhere; clean mIoU is of the whole image.",
-        *(f"n/a: {skip.defence} does not apply to {skip.model}: {skip.reason}" for skip in results.skipped),
+        *(
+            f"n/a: {skip.attack or skip.defence} does not apply to {skip.model}: {skip.reason}"
+            for skip in results.skipped
+        ),
     ]
     return "\n".join(line for line in lines if line)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attacks.patch import Patch
+from evaluation.changes import Changes
 from evaluation.files import read_lines, write_lines, write_whole
 from evaluation.fingerprints import versions_of
 from evaluation.results import Record, Skipped
@@ -42,7 +42,7 @@ class Store:
 
     def __init__(self, folder: Path | None, classes: Sequence[str]) -> None:
         self.folder, self.classes = folder, classes
-        self._patches: dict[Cell, Patch] = {}
+        self._changes: dict[Cell, Changes] = {}
 
     def open(self, configuration: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Make the folder, or see that it holds this very run."""
@@ -76,27 +76,32 @@ class Store:
         _, lines = read_lines(self._path("cells", cell, ".jsonl"))
         return [Record.from_json(line, len(self.classes)) for line in lines]
 
-    def write(self, cell: Cell, records: Sequence[Record], patch: Patch | None) -> None:
-        """Keep a finished cell; ``patch`` is ``None`` where it is another cell's."""
+    def write(self, cell: Cell, records: Sequence[Record], changes: Changes | None) -> None:
+        """Keep a finished cell; ``changes`` is ``None`` where it is another cell's."""
         if self.folder is None:
-            if patch is not None and cell.defence == NONE:
-                self._patches[cell] = patch
+            if changes is not None and cell.defence == NONE:
+                self._changes[cell] = changes
             return
-        if patch is not None:
+        if changes is not None:
             path = self._path("patches", cell, ".safetensors")
             path.parent.mkdir(parents=True, exist_ok=True)
-            patch.save(path)
+            changes.save(path)
         # the rows come last: a cell with rows is finished
         write_lines(self._path("cells", cell, ".jsonl"), {"cell": vars(cell)}, [r.to_json() for r in records])
 
-    def patch(self, cell: Cell) -> Patch:
-        """The patches of a finished cell, one for each of its images."""
-        return self._patches[cell] if self.folder is None else Patch.load(self._path("patches", cell, ".safetensors"))
+    def changes(self, cell: Cell) -> Changes:
+        """What the attack of a finished cell did to each of its images."""
+        if self.folder is None:
+            return self._changes[cell]
+        return Changes.load(self._path("patches", cell, ".safetensors"))
 
     def skip(self, skipped: Skipped) -> None:
-        """Note a defence that does not apply to a model."""
+        """Note a defence or an attack that does not apply to a model."""
         if self.folder is not None:
-            path = self.folder / "cells" / file_name(skipped.model) / f"{file_name(skipped.defence)}.skipped.jsonl"
+            named = [skipped.defence, *([skipped.attack] if skipped.attack else [])]
+            path = (
+                self.folder / "cells" / file_name(skipped.model) / f"{'--'.join(map(file_name, named))}.skipped.jsonl"
+            )
             write_lines(path, {"skipped": vars(skipped)}, [])
 
 

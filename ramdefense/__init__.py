@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ramdefense.ram import HardenedModel, RAMDefense, harden
     from ramdefense.refinement import Refinement, refine, refined_attention
     from ramdefense.segmenter import PyTorchSegmenter, SegmenterMixin
-    from ramdefense.traits import Conditions, Traits, conditions, traits_of
+    from ramdefense.traits import Conditions, NotApplicableError, Traits, conditions, traits_of
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "AttentionSite",
     "Conditions",
     "HardenedModel",
+    "NotApplicableError",
     "PyTorchSegmenter",
     "RAMDefense",
     "Refinement",
@@ -45,7 +46,7 @@ _HOMES = {
     "ram": ["HardenedModel", "RAMDefense", "harden"],
     "refinement": ["Refinement", "refine", "refined_attention"],
     "segmenter": ["PyTorchSegmenter", "SegmenterMixin"],
-    "traits": ["Conditions", "Traits", "conditions", "traits_of"],
+    "traits": ["Conditions", "NotApplicableError", "Traits", "conditions", "traits_of"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

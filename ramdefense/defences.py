@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from ramdefense.names import split_name
 from ramdefense.ram import RAMDefense
 from ramdefense.segmenter import PyTorchSegmenter
 
@@ -42,15 +42,14 @@ def defence(name: str) -> Defence:
     Raises:
         ValueError: no such defence, or an option that it does not have; the message lists those there are.
     """
-    base, _, text = str(name).partition(":")
+    base, options = split_name(name)
     if base not in _DEFENCES:
         close = difflib.get_close_matches(base, _DEFENCES, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"no defence is named {base!r}: {hint}there are {', '.join(map(repr, defences()))}")
     function = _DEFENCES[base]
-    if not text:
+    if not options:
         return function
-    options = dict(_option(name, part) for part in text.split(","))
     # a class says its options in __init__, after self
     signature = inspect.signature(getattr(function, "__init__") if isinstance(function, type) else function)  # noqa: B009
     try:
@@ -59,16 +58,6 @@ def defence(name: str) -> Defence:
         known = [p.name for p in signature.parameters.values() if p.default is not p.empty]
         raise ValueError(f"defence {name!r}: {error}; its options are {', '.join(known) or 'none'}") from error
     return functools.partial(function, **options)
-
-
-def _option(name: str, text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip().isidentifier():
-        raise ValueError(f"defence {name!r}: {text!r} is no option; write NAME:KEY=VALUE,KEY=VALUE")
-    try:
-        return key.strip(), ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # a word, or "3/N"
-        return key.strip(), value.strip()
 
 
 def defences() -> list[str]:

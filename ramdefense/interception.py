@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -208,12 +208,17 @@ _UNFOLDED.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
 def _read_multi_head(mode: Watch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    outer, mode._inside = mode._inside, MULTI_HEAD
+    # unfolded here, it is no longer seen as a whole by the watches below, which have to call it by the same name
+    watches = [mode, *(below for below in _get_current_function_mode_stack() if isinstance(below, Watch))]
+    outer = [watch._inside for watch in watches]
     try:
+        for watch in watches:
+            watch._inside = MULTI_HEAD
         with mode:
             return _UNFOLDED(*args, **kwargs)
     finally:
-        mode._inside = outer
+        for watch, inside in zip(watches, outer, strict=True):
+            watch._inside = inside
 
 
 _aten = torch.ops.aten
@@ -264,7 +269,9 @@ class Watcher:
             if name and (callers is None or name in around) and not isinstance(module, nn.Softmax):
                 calls = callers is not None and name in callers
                 enter = module.register_forward_pre_hook(_Enter(self, name, calls), with_kwargs=True)
-                self._handles += [enter, module.register_forward_hook(_Leave(self, name, calls), always_call=True)]
+                # left in the reverse order of entering, so that one watcher may be put around another
+                leave = module.register_forward_hook(_Leave(self, name, calls), always_call=True, prepend=True)
+                self._handles += [enter, leave]
 
     def unwatch(self) -> None:
         for handle in self._handles:
@@ -374,8 +381,13 @@ class Probed:
     callers: frozenset[str]  # the modules inside which the mode has to be on
 
 
-def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probed:
-    """Run `model` once in eval mode, without gradients, and leave its flags and the random state as they were."""
+def probe(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, run: Callable[..., Any] | None = None
+) -> Probed:
+    """Run `model` once in eval mode, without gradients, and leave its flags and the random state as they were.
+
+    Where the model is run by something else, a segmenter with its preprocessing, `run` is called in its place.
+    """
     flags = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     watcher, watch = Watcher(), _Probe()
@@ -384,7 +396,7 @@ def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
         model.eval()
         # A draw of its own: a hardened module inside keeps its place in its own sequence of draws.
         with torch.random.fork_rng(devices=devices), torch.no_grad(), conditions(model, draw=0), watcher.running(watch):
-            model(*args, **kwargs)
+            (model if run is None else run)(*args, **kwargs)
     finally:
         watcher.unwatch()
         for module, flag in flags:

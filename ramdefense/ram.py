@@ -33,7 +33,7 @@ from ramdefense.interception import (
 from ramdefense.refinement import Refinement, refine, refined_attention
 from ramdefense.segmenter import PyTorchSegmenter
 from ramdefense.streams import keep_mask
-from ramdefense.traits import Conditions, Traits
+from ramdefense.traits import Conditions, NotApplicableError, Traits
 
 Patterns = str | Sequence[str] | None
 
@@ -146,6 +146,9 @@ class HardenedModel(nn.Module):
             ValueError: at the first pass, as `harden`; or `conditions.images` does not fit the batch.
             RuntimeError: nothing was refined.
         """
+        if self.conditions.undefended:
+            self.refined_calls = 0
+            return self.model(*args, **kwargs)
         if not self._plan:
             self._look(args, kwargs)
         tensor = first_tensor(args, kwargs)
@@ -325,7 +328,7 @@ def _wanted(name: str, include: tuple[str, ...] | None, exclude: tuple[str, ...]
 def _plan(probed: Probed, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> dict[Call, bool]:
     """For each call that the probe saw, whether it is refined."""
     if not probed.sites:
-        raise ValueError(
+        raise NotApplicableError(
             "no attention was found in this model: looked for scaled_dot_product_attention, "
             "multi_head_attention_forward and a softmax that a matrix product sums over, in one forward pass. RAM "
             "refines attention, so a model without any (or one that hides it in a TorchScript or compiled graph, or a "

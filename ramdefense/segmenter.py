@@ -188,7 +188,12 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
         return traits_of(self.model)
 
     def conditions(
-        self, *, images: Sequence[int] | None = None, draw: int | None = None, straight_through: bool = False
+        self,
+        *,
+        images: Sequence[int] | None = None,
+        draw: int | None = None,
+        straight_through: bool = False,
+        undefended: bool = False,
     ) -> AbstractContextManager[None]:
         """Context in which every defended module inside the model runs under these conditions (`traits.Conditions`).
 
@@ -197,9 +202,12 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
             draw: which draw of the randomness; None means the next one. Attacks count their draws up from 0, `predict`
                 counts its own down from -1, so that a prediction never repeats what an attack has seen.
             straight_through: use straight-through gradients where a module has them.
+            undefended: do as if the defences were not there, where a module can.
         """
         streams = None if images is None else tuple(images)
-        return model_conditions(self.model, images=streams, draw=draw, straight_through=straight_through)
+        return model_conditions(
+            self.model, images=streams, draw=draw, straight_through=straight_through, undefended=undefended
+        )
 
     # ------------------------------------------------------------------------------------------------ the one path
 

@@ -13,6 +13,13 @@ from dataclasses import dataclass
 from torch import nn
 
 
+class NotApplicableError(ValueError):
+    """This defence or attack has no meaning on this model, such as RAM on a model without attention.
+
+    A table then shows "n/a" for the pair, and goes on.
+    """
+
+
 @dataclass(frozen=True)
 class Traits:
     """What an attack must know of a defended model.
@@ -34,11 +41,13 @@ class Conditions:
         images: number of the random stream of each image in the batch; None means 0..N-1.
         draw: which draw of the randomness; None means the module's own next one.
         straight_through: use the straight-through gradient, where the module has one.
+        undefended: do as if the defence were not there, where the module can (a module that cannot ignores it).
     """
 
     images: tuple[int, ...] | None = None
     draw: int | None = None
     straight_through: bool = False
+    undefended: bool = False
 
 
 def defended_modules(model: nn.Module) -> list[nn.Module]:
@@ -64,6 +73,7 @@ def conditions(
     images: tuple[int, ...] | None = None,
     draw: int | None = None,
     straight_through: bool = False,
+    undefended: bool = False,
 ) -> Iterator[None]:
     """Run every defended module inside `model` under these conditions; what was set before is restored on the way out.
 
@@ -72,8 +82,10 @@ def conditions(
         images: number of the random stream of each image in the next batches, or None for 0..N-1.
         draw: which draw of the randomness, or None for each module's own next one.
         straight_through: use straight-through gradients where a module has them.
+        undefended: do as if the defences were not there, where a module can.
     """
-    given = Conditions(None if images is None else tuple(int(i) for i in images), draw, straight_through)
+    streams = None if images is None else tuple(int(i) for i in images)
+    given = Conditions(streams, draw, straight_through, undefended)
     before: list[tuple[nn.Module, Conditions]] = [
         (module, module.conditions)  # type: ignore[misc]
         for module in defended_modules(model)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from tiny import linear_cnn
 from torch import Tensor, nn
 
 from attacks.catalogue import attacks as attack_catalogue
@@ -24,7 +25,7 @@ from evaluation.results import Record, Results, worst
 from ramdefense import defences as defence_module
 from ramdefense.defences import register_defence
 from ramdefense.segmenter import PyTorchSegmenter
-from ramdefense.traits import Conditions, Traits
+from ramdefense.traits import Conditions, NotApplicableError, Traits
 
 HEIGHT, WIDTH = 8, 10
 CLASSES = ("ground", "house", "tree")
@@ -553,7 +554,7 @@ def test_an_attack_that_breaks_its_promise_stops_the_run(attack: Any, message: s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attacks": "permutate"}, "unknown attack 'permutate'; known: permute"),
+        ({"attacks": "permutate"}, "no attack named 'permutate': did you mean 'permute'"),
         ({"attacks": ["permute", "permute"]}, "given twice"),
         ({"attacks": []}, "no attack given"),
         ({"defences": "rum"}, "did you mean 'ram'"),
@@ -566,7 +567,7 @@ def test_an_attack_that_breaks_its_promise_stops_the_run(attack: Any, message: s
         ({"region": "inside"}, "region='inside'"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"epsilon_step": 1}, "option 'epsilon_step': none of the attacks"),
-        ({"attacks": "permute", "epsilon_step": 1}, "has no option epsilon_step"),
+        ({"attacks": "permute", "epsilon_step": 1}, "option 'epsilon_step': none of the attacks \\(permute\\) has it"),
         ({"data": "scenes:2"}, "has 3 classes and the data 11"),
     ],
 )
@@ -602,3 +603,62 @@ def test_a_record_survives_json() -> None:
         again = Record.from_json(record.to_json(), 3)
         assert again.to_json() == record.to_json()
         np.testing.assert_array_equal(again.adversarial, record.adversarial)
+
+
+def test_passes_are_told_for_each_image(tmp_path: Path) -> None:
+    results = evaluate(
+        {"m": segmenter(linear_cnn(len(CLASSES)))},
+        ("permute",),
+        ("none",),
+        Frames(),
+        images=2,
+        max_iter=3,
+        out=tmp_path / "r",
+        verbose=False,
+    )
+    (row,) = results.summary().to_dict("records")
+    assert (row["forwards"], row["backwards"]) == (4, 3)
+    (again,) = Results.load(tmp_path / "r").summary().to_dict("records")
+    assert again["forwards"] == 4
+
+
+def test_an_attack_that_does_not_apply_is_skipped(tmp_path: Path) -> None:
+    class Choosy:
+        def __init__(self, segmenter: Any, **options: Any) -> None: ...
+        def generate(self, x: Any, y: Any = None) -> Any:
+            raise NotApplicableError("no eyes: this model cannot be dazzled")
+
+    named = {"dazzle": Choosy, "permute": attack_catalogue()["permute"].factory}
+    model = {"m": segmenter(linear_cnn(len(CLASSES)))}
+    results = evaluate(model, named, ("none",), Frames(), images=1, max_iter=1, out=tmp_path / "r", verbose=False)
+    for found in (results, Results.load(tmp_path / "r")):
+        assert found.summary()[["attack", "note"]].values.tolist() == [["dazzle", "no eyes"], ["permute", ""]]
+        assert "n/a: dazzle does not apply to m: no eyes" in shown(found)
+
+
+def test_a_place_for_each_image_is_kept_with_it() -> None:
+    """A patch that goes elsewhere on each image is transferred to where it was."""
+
+    class Wandering:
+        def __init__(self, segmenter: Any, **options: Any) -> None: ...
+        def generate(self, x: Any, y: Any = None, *, images: Any = None) -> Any:
+            x = x.copy()
+            for row, image in enumerate(images):
+                x[row, :, image : image + 4, 2 * image : 2 * image + 4] = 1.0
+            self.images = images
+            return x
+
+        def mask(self, x: Any) -> Any:
+            mask = np.zeros((len(x), *x.shape[2:]), dtype=bool)
+            for row, image in enumerate(self.images):
+                mask[row, image : image + 4, 2 * image : 2 * image + 4] = True
+            return mask
+
+    results = evaluate(
+        {"m": segmenter(CornerModel())}, {"w": Wandering}, {"same": lambda s: s}, Frames(), images=3, verbose=False
+    )
+    plain = {r.image: r for r in results.records if (r.defence, r.variant) == ("none", "plain")}
+    moved = {r.image: r for r in results.records if (r.defence, r.variant) == ("same", "transfer")}
+    assert len(plain) == len(moved) == 3
+    for image, record in plain.items():
+        assert np.array_equal(record.adversarial, moved[image].adversarial)

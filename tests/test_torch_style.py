@@ -69,9 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", ["PermuteAttack", "StripAttack", "PatchAttack"])
-def test_both_styles_make_the_same_patch(
-    name: str, options: dict[str, Any], images: Tensor, labels: Tensor
-) -> None:
+def test_both_styles_make_the_same_patch(name: str, options: dict[str, Any], images: Tensor, labels: Tensor) -> None:
     model = tiny_cnn()
     art = getattr(attacks, name)(PyTorchSegmenter(model, NB_CLASSES, tuple(images.shape[1:])), **FAST, **options)
     torch_one = getattr(torch_style, name)(model, **FAST, **options)
@@ -216,9 +214,7 @@ def test_save_measures_segmentation(tmp_path: Path, images: Tensor, labels: Tens
     attack = torch_style.PermuteAttack(model, **FAST)
     loader = DataLoader(TensorDataset(images, labels), batch_size=2)
     path = tmp_path / "adversarial.pt"
-    statistics = attack.save(
-        loader, path, return_verbose=True, save_predictions=True, save_clean_inputs=True
-    )
+    statistics = attack.save(loader, path, return_verbose=True, save_predictions=True, save_clean_inputs=True)
     printed = capsys.readouterr().out
     assert "100.00 %" in printed
     saved = torch.load(path, weights_only=True)
