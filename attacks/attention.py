@@ -297,8 +297,8 @@ def locate(victim: Victim, shape: Shape) -> dict[Call, Located]:
     if not located:
         raise NotApplicableError(
             f"no attention between places of the image in this {type(victim.model).__name__}: looked for products "
-            "of queries and keys that go through scaled_dot_product_attention or a softmax. Attacks on attention need a "
-            "model with attention; take another attack for this one."
+            "of queries and keys that go through scaled_dot_product_attention or a softmax. Attacks on attention need "
+            "a model with attention; take another attack for this one."
         )
     return located
 

@@ -11,8 +11,8 @@ The paper's f_label and f_adversarial are those of the objective "dag" here.
 "alma_prox", in the style of ALMA prox (Rony, Pesquet, Ben Ayed, "Proximal Splitting Adversarial Attack for Semantic
 Segmentation", CVPR 2023): minimise ‖δ‖ subject to margin_j(x + δ) ≤ 0 on the counted pixels, by the multipliers of an
 augmented Lagrangian and forward-backward steps, a gradient step on the constraints and a proximal step on the norm;
-the constraints that are hardest to meet are let go, ever more until the share of `threshold` is left. Simpler than
-theirs:
+the constraints that are hardest to meet are let go, ever more until, half-way, the share of `threshold` is left.
+Simpler than theirs:
 - The proximal step on λ‖δ‖ clips δ to a level (norm "inf") or shrinks it to a length (norm "2"), which λ implies. Here
   that level is chosen, by whether the image succeeds at it, and λ is what it implies.
 - The forward step goes along the sign (or, "2", the direction) of the gradient, by a share of that level that falls
@@ -45,9 +45,9 @@ from attacks.threats import NORMS, PixelThreat
 from ramdefense.checks import check_images
 
 _RHO = 1.0  # penalty of the augmented Lagrangian, in units of the clean image's mean margin
-_MEMORY = 0.9  # share of the old multiplier in the new one, as in ALMA
+_MEMORY = 0.9  # share of the old multiplier in the new one: a running average, as in ALMA
 _GROWTH = (0.2, 0.01)  # by which share the level grows or shrinks in a step, from the first step to the last
-_LARGEST = 1e3  # multiplier
+_LARGEST = 1e3  # a multiplier may be
 _STRIDE = (0.5, 0.03)  # length of a forward step as a share of the level, from the first step to the last
 
 
@@ -233,7 +233,8 @@ def _alma_prox(problem: Problem, options: MinimalNormOptions, progress: tqdm) ->
     for step in range(options.max_iter + 1):
         done = step / options.max_iter
         look = replace(problem, objective=penalty).look(moved, 0, step, gradient=step < options.max_iter)
-        penalty = penalty.next(1 - (1 - options.threshold) * done)
+        # the last constraint goes half-way, so that what was done for those that went can be taken back
+        penalty = penalty.next(1 - (1 - options.threshold) * min(1.0, 2 * done))
         norm = _norm(moved - clean, options.norm)
         found.keep(everything, moved, look.criterion, norm, options.threshold)
         if step == options.max_iter:

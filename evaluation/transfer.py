@@ -229,7 +229,7 @@ class Transfer:
         caption = (
             "% of the pixels fooled; low is robust. Row: the model that the patch was made\n"
             "on. Column: the one that it is tested on. Bold: the same.\n"
-            f"{NO_PATCH}: what agrees with the target by itself."
+            f"{NO_PATCH}: on target, or wrong where there is no target, without any attack."
         )
         rows = [
             (str(made_on), [_percent(value, bold=made_on == tested_on) for tested_on, value in cells.items()])
@@ -336,7 +336,8 @@ class Universal:
         rows = [(kind, [_percent(value)]) for kind, value in self.successes().items()]
         caption = (
             f"{images} frames that the patch has not seen. fooled: % of the pixels; low is robust.\n"
-            f"{NO_PATCH}: what agrees with the target by itself. grey: mid-grey."
+            f"{NO_PATCH}: on target, or wrong where there is no target, without any attack.\n"
+            "grey: mid-grey."
         )
         return _table("one patch for all frames", "patch", ["fooled"], rows, caption)
 

@@ -19,17 +19,21 @@ import attacks
 from attacks import (
     EOT,
     FixedClass,
+    MinimalNormAttack,
     Patch,
     PatchAttack,
     Permute,
     PermuteAttack,
+    PixelAttack,
     Strip,
     StripAttack,
     TargetMap,
     Untargeted,
 )
 from attacks.catalogue import register_attack
-from attacks.options import PatchOptions
+from attacks.minimal_norm import MinimalNormOptions
+from attacks.options import PatchOptions, PixelOptions
+from attacks.pixelwise import OwnPrediction
 from ramdefense.segmenter import PyTorchSegmenter
 
 FAST: dict[str, Any] = {"max_iter": 3, "eps_step": 0.2, "batch_size": 2, "verbose": False}
@@ -164,17 +168,22 @@ def test_bad_labels_and_places_are_refused(tiny_segmenter: PyTorchSegmenter, x: 
 
 def test_only_segmenters_can_be_attacked() -> None:
     classifier = PyTorchClassifier(tiny_cnn(), torch.nn.CrossEntropyLoss(), SHAPE, NB_CLASSES)
-    for make in (PatchAttack, PermuteAttack, StripAttack):
+    for make in (PatchAttack, PermuteAttack, StripAttack, PixelAttack, MinimalNormAttack):
         with pytest.raises(EstimatorError):
             make(classifier)
 
 
 def test_params_are_arts(tiny_segmenter: PyTorchSegmenter) -> None:
-    attack = PatchAttack(tiny_segmenter)
-    assert attack.attack_params == PatchOptions.names()
-    defaults = PatchOptions()
-    for name in attack.attack_params:
-        assert getattr(attack, name) == (defaults.aims if name == "targeted" else getattr(defaults, name))
+    for each, options in (
+        (PatchAttack, PatchOptions),
+        (PixelAttack, PixelOptions),
+        (MinimalNormAttack, MinimalNormOptions),
+    ):
+        attack = each(tiny_segmenter)
+        assert attack.attack_params == options.names()
+        defaults = options()
+        for name in attack.attack_params:
+            assert getattr(attack, name) == (defaults.aims if name == "targeted" else getattr(defaults, name))
     for make in (PermuteAttack, StripAttack):
         assert set(PatchAttack.attack_params) - set(make.attack_params) == {"target", "targeted"}
         assert make(tiny_segmenter).targeted
@@ -193,6 +202,13 @@ def test_setting_params_is_all_or_nothing(tiny_segmenter: PyTorchSegmenter) -> N
     assert attack.targeted
     attack.targeted = False
     assert not attack.targeted
+    pixel = PixelAttack(tiny_segmenter)
+    pixel.set_params(eps=0.1, norm="2", targeted=True)
+    assert (pixel.eps, pixel.norm, pixel.targeted) == (0.1, "2", True)
+    for wrong in ({"seed": 3, "eps": 0}, {"seed": 3, "norm": "1"}, {"seed": 3, "patch_shape": (2, 2)}):
+        with pytest.raises(ValueError, match=r"eps|norm|patch_shape"):
+            pixel.set_params(**wrong)
+        assert pixel.seed == 0
     permute = PermuteAttack(tiny_segmenter)
     permute.set_params(seed=5)
     assert permute.target == Permute(5)
@@ -212,13 +228,13 @@ def test_an_attribute_set_by_hand_is_checked_when_it_is_used(
         attack.generate(x, y)
 
 
-@pytest.mark.parametrize("make", [PatchAttack, PermuteAttack, StripAttack])
+@pytest.mark.parametrize("make", [PatchAttack, PermuteAttack, StripAttack, PixelAttack, MinimalNormAttack])
 def test_bad_options_are_refused(tiny_segmenter: PyTorchSegmenter, make: Any) -> None:
     with pytest.raises(TypeError, match=f"{make.__name__} has no option steps; its options are .*max_iter"):
         make(tiny_segmenter, steps=5)
     with pytest.raises(ValueError, match="eps_step"):
         make(tiny_segmenter, eps_step=-1)
-    if make is not PatchAttack:
+    if make in (PermuteAttack, StripAttack):
         with pytest.raises(TypeError, match="sets target itself"):
             make(tiny_segmenter, target=Untargeted())
 
@@ -231,6 +247,9 @@ def test_bad_options_are_refused(tiny_segmenter: PyTorchSegmenter, make: Any) ->
         (PatchAttack, {"targeted": True, "optimizer": "adam"}),
         (PermuteAttack, {"seed": 3, "patch_shape": (4, 5), "momentum": 0.5}),
         (StripAttack, {"defence_samples": 2}),
+        (PixelAttack, {"eps": 0.1, "norm": "2", "target": FixedClass(1)}),
+        (PixelAttack, {"target": OwnPrediction(), "objective": ("cross_entropy", "margin"), "optimizer": "apgd"}),
+        (MinimalNormAttack, {"method": "dag", "threshold": 0.5, "targeted": True}),
     ],
 )
 def test_repr_rebuilds(tiny_segmenter: PyTorchSegmenter, make: Any, options: dict[str, Any]) -> None:

@@ -136,7 +136,7 @@ def test_evaluate_with_the_real_attack_and_ram() -> None:
         (("evaluate", "--model", "my_models:missing", "--data", "scenes:2"), "my_models:missing"),
         (("evaluate", "--model", "a.safetensors", "--data", "scenes:2"), "no file a.safetensors"),
         (("evaluate", "--model", "x", "--data", "camvid:/nowhere"), "no folder /nowhere/images"),
-        ((*EVALUATE, "--attack", "blue-square"), "unknown attack 'blue-square'; known: permute"),
+        ((*EVALUATE, "--attack", "blue-square"), "no attack named 'blue-square'"),
         ((*EVALUATE, "--defence", "rum"), "did you mean 'ram'"),
         ((*EVALUATE, "--images", "4"), "images=4: the data set has 3"),
         ((*EVALUATE, "--patch-size", "5x"), "--patch-size 5x: two whole numbers"),

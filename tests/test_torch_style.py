@@ -81,6 +81,67 @@ def test_both_styles_make_the_same_patch(name: str, options: dict[str, Any], ima
     assert not adversarial.requires_grad
 
 
+PIXEL: dict[str, dict[str, Any]] = {
+    "inf": {"eps": 0.1, "eps_step": 0.03},
+    "2": {"eps": 0.5, "norm": "2", "eps_step": 0.2, "random_start": True, "num_restarts": 2, "seed": 3},
+    "apgd": {"eps": 0.1, "eps_step": 0.1, "optimizer": "apgd", "objective": ("cross_entropy", "margin")},
+    "target": {"eps": 0.1, "eps_step": 0.03, "target": FixedClass(1), "keep_best": False},
+    "named": {"eps": 0.1, "eps_step": 0.03, "target": "permute", "seed": 2, "keep_best": False},
+}
+
+
+@pytest.mark.parametrize("options", PIXEL.values(), ids=PIXEL)
+def test_both_styles_make_the_same_perturbation(options: dict[str, Any], images: Tensor, labels: Tensor) -> None:
+    model = tiny_cnn()
+    quick = {"max_iter": 4, "verbose": False, **options}
+    art = attacks.PixelAttack(PyTorchSegmenter(model, NB_CLASSES, tuple(images.shape[1:])), **quick)
+    torch_one = torch_style.PixelAttack(model, **quick)
+    expected, adversarial = art.generate(images, labels), torch_one(images, labels)
+    torch.testing.assert_close(adversarial, expected, atol=1e-6, rtol=0)
+    assert torch_one.result.criterion == pytest.approx(art.result.criterion)
+    assert torch_one.targeted == art.targeted
+    moved = torch.linalg.vector_norm((adversarial - images).flatten(1), ord=float(art.norm), dim=1)
+    assert (moved <= art.eps + 1e-6).all()
+    assert (moved > art.eps / 2).all()
+
+
+def test_pixelwise_attacks_on_normalised_images(images: Tensor, labels: Tensor) -> None:
+    """The ball is one of images in [0, 1], and what comes back is normalised as what came."""
+    model = tiny_cnn()
+    segmenter = PyTorchSegmenter(model, NB_CLASSES, tuple(images.shape[1:]), preprocessing=(MEAN, STD))
+    expected = attacks.PixelAttack(segmenter, eps=0.1, **FAST).generate(images, labels)
+    attack = torch_style.PixelAttack(model, eps=0.1, **FAST)
+    attack.set_normalization_used(MEAN, STD)
+    adversarial = attack(normalize(images, list(MEAN), list(STD)), labels)
+    torch.testing.assert_close(adversarial, normalize(expected, list(MEAN), list(STD)), atol=1e-5, rtol=0)
+
+
+def test_pixelwise_attacks_in_targeted_modes(images: Tensor, labels: Tensor) -> None:
+    make, options = torch_style.PixelAttack, {"max_iter": 3}
+    model = tiny_cnn().eval()
+    attack = make(model, verbose=False, **options)
+    attack.set_mode_targeted_least_likely(quiet=True)
+    chosen = attack.get_target_label(images, labels)
+    adversarial = attack(images, labels)
+    by_option = make(model, targeted=True, verbose=False, **options)
+    assert by_option.get_mode() == "targeted(label)"
+    assert torch.equal(by_option(images, chosen), adversarial)
+    attack.set_mode_default()
+    assert not torch.equal(attack(images, labels), adversarial)
+    with pytest.raises(ValueError, match="not supported"):
+        make(model, target="0", verbose=False).set_mode_targeted_random(quiet=True)
+
+
+def test_save_counts_every_pixel_of_a_pixelwise_attack(images: Tensor, labels: Tensor) -> None:
+    model = tiny_cnn().eval()
+    attack = torch_style.PixelAttack(model, eps=0.1, **FAST)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=5)
+    statistics = attack.save(loader, verbose=False, return_verbose=True)
+    kept = (model(attack(images, labels)).argmax(1) == labels)[labels != VOID]
+    assert statistics is not None
+    assert statistics.pixel_accuracy == pytest.approx(100 * float(kept.float().mean()))
+
+
 def test_both_styles_against_a_random_defence(images: Tensor, labels: Tensor) -> None:
     model = Dropping(tiny_cnn())
     segmenter = PyTorchSegmenter(model, NB_CLASSES, tuple(images.shape[1:]))

@@ -147,7 +147,7 @@ def test_the_matrix_is_the_one_computed_by_hand() -> None:
     assert not result.interrupted
     text = shown(result)
     assert "attack: paint" in text
-    assert next(line.split() for line in text.splitlines() if line.startswith("both")) == [
+    assert next(line.split() for line in text.splitlines() if line.strip().startswith("both")) == [
         "both",
         *3 * [f"{100 * yes:.1f}"],
     ]
@@ -315,9 +315,9 @@ def test_a_universal_patch_beats_the_others_on_unseen_frames(tmp_path: Path) -> 
     chosen = [0, 1, 2, 4, 5]  # spread evenly
     outside = ~patch.mask((HEIGHT, WIDTH))
     images = Shapes(6, 1).images[chosen]
-    for kind, shown in {"universal": patch, "grey": Patch(torch.full((3, 8, 8), 0.5), "lower_right"),
+    for kind, other in {"universal": patch, "grey": Patch(torch.full((3, 8, 8), 0.5), "lower_right"),
                         NO_PATCH: None}.items():  # fmt: skip
-        seen = images if shown is None else shown.paste(images)
+        seen = images if other is None else other.paste(images)
         assert rates[kind] == pytest.approx(float((victim.predict_labels(seen) == 2)[:, outside].float().mean()))
     assert "5 frames that the patch has not seen" in shown(result)
     before = files(tmp_path)
@@ -413,7 +413,7 @@ def test_the_command_universal(here: Path) -> None:
     done = call(*command)
     assert done.exit_code == 0, done.output
     for kind in ("no patch", "grey", "random", "universal"):
-        assert any(line.startswith(kind) for line in done.output.splitlines())
+        assert any(line.strip().startswith(kind) for line in done.output.splitlines())
     assert Patch.load(here / "run/patch.safetensors").pixels.shape == (3, 10, 10)
     assert call(*command).output == done.output
     same = call("universal", "--model", "models_of_transfer:deeper", "--data", "scenes:4", "--test", "scenes:3",
