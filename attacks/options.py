@@ -319,6 +319,7 @@ class PixelOptions(AttackOptions):
         TypeError, ValueError: As `AttackOptions`.
     """
 
+    max_iter: int = 100
     eps: float = 8 / 255
     norm: Norm = "inf"
     eps_step: float = 2 / 255

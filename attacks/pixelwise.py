@@ -1,5 +1,7 @@
 """The pixel-wise attacks of the papers: presets of the attacks that perturb every pixel.
 
+Where a preset says nothing, the defaults of `attacks.options.PixelOptions` hold: 100 steps within 8/255.
+
 Budgets and steps are in the units of the pixels; rules that a paper states in 8-bit units are taken for images in
 [0, 1]. Where nothing else is said, an attack leaves the labels that it is given, and a `target` makes it targeted.
 Momentum, which the papers do not have, is off; the best iterate is kept, which the papers do not do, except by the
@@ -78,7 +80,7 @@ _PLAIN = {"optimizer": "pgd", "momentum": 0.0}
 _TO_THE_LETTER = {**_PLAIN, "target": OwnPrediction(), "keep_best": False}
 _LEAST_LIKELY = {**_TO_THE_LETTER, "objective": "least_likely"}
 _ITERATED = {"max_iter": _arnab(arnab_iterations), "eps_step": _arnab(lambda eps: 1 / 255)}
-_HUNDRED = {**_PLAIN, "max_iter": 100, "random_start": True}
+_RANDOM_START = {**_PLAIN, "random_start": True}
 
 PIXEL_ATTACKS: Mapping[str, Preset] = MappingProxyType(
     {
@@ -118,10 +120,10 @@ PIXEL_ATTACKS: Mapping[str, Preset] = MappingProxyType(
             ),
             Preset(
                 "pixel-pgd",
-                "A hundred sign steps of ε/4 from a random start.",
+                "Sign steps of ε/4 from a random start.",
                 PGD,
                 "pixel",
-                _HUNDRED,
+                _RANDOM_START,
                 _times_eps(1 / 4),
             ),
             Preset(
@@ -129,7 +131,7 @@ PIXEL_ATTACKS: Mapping[str, Preset] = MappingProxyType(
                 "PGD that weighs pixels already won less, and ever more as it goes on.",
                 SEGPGD,
                 "pixel",
-                {**_HUNDRED, "objective": "segpgd"},
+                {**_RANDOM_START, "objective": "segpgd"},
                 _times_eps(1 / 4),
             ),
             Preset(
@@ -137,17 +139,16 @@ PIXEL_ATTACKS: Mapping[str, Preset] = MappingProxyType(
                 "PGD that weighs every pixel by how well the prediction fits its label.",
                 COSPGD,
                 "pixel",
-                {**_HUNDRED, "objective": "cospgd"},
+                {**_RANDOM_START, "objective": "cospgd"},
                 _times_eps(1 / 4),
             ),
             Preset(
                 "pixel-sea",
-                "APGD with four losses, a hundred steps each; the worst case for each image.",
+                "APGD with four losses; the worst case for each image.",
                 SEA,
                 "pixel",
                 {
                     "optimizer": "apgd",
-                    "max_iter": 100,
                     "objective": (
                         "balanced_cross_entropy",
                         "masked_cross_entropy",

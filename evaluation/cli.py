@@ -45,7 +45,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="scenes[:N], camvid:PATH[:SPLIT], folder:PATH, voc:PATH, cityscapes:PATH.")],
     attack: Annotated[
         list[str] | None,
-        typer.Option(help="See `ramdefense attacks`, or all; repeatable. If not given, permute and strip."),
+        typer.Option(help="See `ramdefense attacks`; or all, patch, pixel; repeatable. If none, permute and strip."),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="permute, strip, untargeted or a class's number, for attacks that have none.")

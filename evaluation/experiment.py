@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -46,8 +47,9 @@ Tick = Callable[[str, float], None]
 
 #: Images whose rows share a file: what an interrupted run loses at most. The rows do not depend on it.
 CHUNK = 16
-#: The name that stands for every attack of the catalogue.
+#: The names that stand for every attack of the catalogue, and for those that change a patch, or every pixel.
 ALL = "all"
+THREATS = ("patch", "pixel")
 _PLAIN = {"defence_samples": 1, "straight_through": False}
 #: About how long a variant takes, in units of the plain one: what the remaining time is estimated from.
 _EFFORT = {"plain": 1.0, "adaptive": 4.0, "transfer": 0.05}
@@ -76,9 +78,10 @@ def evaluate(
     Args:
         models: names (``evaluation.models.load_model``), segmenters, or name → segmenter.
         attacks: names (``attacks.attacks()``), which may carry options (``"apgd:target=strip"``), ``"all"`` for every
-            one, or name → ``factory(segmenter, **options)``. An attack is an object with
-            ``generate(x, y)`` on NumPy arrays, ``y`` the ground truth; it may offer ``target_map(y)`` (without it, it
-            is scored as untargeted) and ``mask(x)`` (without it, every pixel counts), and take ``images=``.
+            one, ``"patch"`` or ``"pixel"`` for those of one threat, or name → ``factory(segmenter, **options)``. An
+            attack is an object with ``generate(x, y)`` on NumPy arrays, ``y`` the ground truth; it may offer
+            ``target_map(y)`` (without it, it is scored as untargeted) and ``mask(x)`` (without it, every pixel counts),
+            and take ``images=``.
         defences: names (``ramdefense.defences``), or name → function from segmenter to segmenter. ``"none"`` is always
             among them, since every gain is measured against it.
         data: a name for ``load_data`` or a data set.
@@ -284,11 +287,11 @@ class _Run:
             batch = images[start : start + self.batch_size]
             x, y, names = self._load(batch)
             aim = _target_map(attack, y, batch)
-            forwards: float | None = 0.0
-            backwards: float | None = 0.0
+            costs: list[dict[str, Any]] = [{"steps": 0, "forwards": 0.0, "backwards": 0.0, "seconds": 0.0}] * len(batch)
             if pasted is None:
+                began = time.perf_counter()
                 adversarial = _generate(attack, x, y, batch)
-                forwards, backwards = (_per_image(attack, name, len(batch)) for name in ("forwards", "backwards"))
+                costs = _costs(attack, time.perf_counter() - began, len(batch))
                 mask = _mask(attack, x)  # after the attack, which may choose where its patch goes
                 _check(cell.attack, x, adversarial, mask, defended.segmenter)
                 made.append(adversarial)
@@ -296,7 +299,9 @@ class _Run:
             else:
                 adversarial, mask = pasted.paste(x, slice(start, start + len(batch)))
             rows = self._records(cell, batch, names, x, y, adversarial, mask, aim, defended)
-            records += [replace(record, forwards=forwards, backwards=backwards) for record in rows]
+            records += [replace(record, **cost) for record, cost in zip(rows, costs, strict=True)]
+        seconds = round(sum(record.seconds or 0.0 for record in records) / len(records), 3)
+        records = [replace(record, seconds=seconds) for record in records]
         self.store.write(cell, records, None if pasted else Changes.of(made, masks))
         return records
 
@@ -454,10 +459,15 @@ def _mask(attack: Any, x: NDArray[np.float32]) -> NDArray[np.bool_] | None:
     return None if mask is None or mask.all() else mask
 
 
-def _per_image(attack: Any, name: str, images: int) -> float | None:
-    """What an attack says it took for its last batch, for each image."""
-    total = getattr(getattr(attack, "result", None), name, None)
-    return None if total is None else total / images
+def _costs(attack: Any, seconds: float, images: int) -> list[dict[str, Any]]:
+    """What each image of an attack's last batch took, by what the attack says of it."""
+    result = getattr(attack, "result", None)
+    steps = getattr(result, "steps", None)
+    shared: dict[str, Any] = {"seconds": seconds / images}
+    for name in ("forwards", "backwards"):
+        total = getattr(result, name, None)
+        shared[name] = None if total is None else total / images
+    return [{**shared, "steps": None if steps is None else int(steps[row])} for row in range(images)]
 
 
 def _reason(error: Exception) -> str:
@@ -485,8 +495,11 @@ def _attacks(attacks: str | Sequence[str] | Mapping[str, AttackFactory]) -> dict
         return {name: attacks[name] for name in _list(attacks, "attack")}
     names = _list(attacks, "attack")
     _unique(names, "attack")
-    if ALL in names:
-        names = list(dict.fromkeys([*(n for n in names if n != ALL), *attack_catalogue()]))
+    groups = {ALL: list(attack_catalogue())}
+    for threat in THREATS:
+        groups[threat] = [name for name, entry in attack_catalogue().items() if entry.threat == threat]
+    named = [name for name in names if name not in groups]
+    names = list(dict.fromkeys([*named, *(name for group in names for name in groups.get(group, []))]))
     return {name: attack_entry(name).factory for name in names}
 
 

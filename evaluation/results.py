@@ -45,8 +45,11 @@ class Record:
         adversarial: label against prediction under attack, counted pixels.
         changed: prediction without attack against prediction under attack, counted pixels.
         aim, aim_clean: target map against the prediction with and without attack; ``None`` for an attack without one.
-        forwards, backwards: passes that the attack made for this image, the mean over those attacked with it; 0 for a
-            patch that was made before; ``None`` where the attack does not say.
+        steps: that the attack made for this image, over all its runs; 0 for a patch that was made before; ``None``
+            where the attack does not say.
+        forwards, backwards: passes that it made, the mean over the images attacked with this one; likewise.
+        seconds: wall-clock time, the mean over the images of its file. Not among what is written for a record, which
+            is the same in every run.
 
     Shape:
         every count is int64 ``(C, C)``, reference down, prediction across.
@@ -64,8 +67,10 @@ class Record:
     changed: Counts
     aim: Counts | None
     aim_clean: Counts | None
+    steps: int | None = None
     forwards: float | None = None
     backwards: float | None = None
+    seconds: float | None = None
 
     @property
     def success(self) -> float:
@@ -74,12 +79,13 @@ class Record:
 
     def to_json(self) -> str:
         """One line, the same bytes for the same record; counts as ``[reference, prediction, pixels]`` where not 0."""
-        return json.dumps({name: _sparse(value) for name, value in vars(self).items()}, separators=(",", ":"))
+        written = {name: _sparse(value) for name, value in vars(self).items() if name != "seconds"}
+        return json.dumps(written, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, line: str, nb_classes: int) -> Record:
-        """Read what ``to_json`` wrote."""
-        values = json.loads(line)
+    def from_json(cls, line: str, nb_classes: int, seconds: float | None = None) -> Record:
+        """Read what ``to_json`` wrote; the seconds come from elsewhere."""
+        values = json.loads(line) | {"seconds": seconds}
         for name in ("clean", "whole", "adversarial", "changed", "aim", "aim_clean"):
             if values[name] is not None:
                 values[name] = _dense(values[name], nb_classes)
@@ -116,6 +122,15 @@ class Skipped:
     attack: str | None = None
 
 
+def seconds_of(folder: Path, cell: Path) -> float | None:
+    """The time for each image that a run keeps of a file of rows in its folder; ``None`` if it keeps none."""
+    times = folder / "times" / cell.relative_to(folder / "cells").with_suffix(".json")
+    if not times.exists():
+        return None
+    seconds = json.loads(times.read_text())["seconds"]
+    return None if seconds is None else float(seconds)
+
+
 def _figures(records: Sequence[Record]) -> dict[str, float]:
     """Every figure of a group of records, from the sum of their counts."""
     clean, adversarial = (metrics.merge([getattr(r, part) for r in records]) for part in ("clean", "adversarial"))
@@ -136,12 +151,16 @@ def _figures(records: Sequence[Record]) -> dict[str, float]:
     }
 
 
-def _passes(variants: Iterable[list[Record]], images: int) -> dict[str, float]:
-    """Passes for each image, over all variants of the attack; NaN where one of them does not say."""
+#: What an attack costs, for each image, over all its variants.
+_COSTS = ("steps", "forwards", "backwards", "seconds")
+
+
+def _costs(variants: Iterable[list[Record]], images: int) -> dict[str, float]:
+    """What each image took, over all variants of the attack; NaN where one of them does not say."""
     records = [record for variant in variants for record in variant]
     return {
         name: sum(math.nan if getattr(r, name) is None else getattr(r, name) for r in records) / images
-        for name in ("forwards", "backwards")
+        for name in _COSTS
     }
 
 
@@ -216,7 +235,7 @@ class Results:
             clean_success: ``success`` of no attack at all, by the same target and pixels.
             clean_miou: mIoU without attack, this defence in place, whole image; clean_region_miou and
                 clean_pixel_accuracy: on the counted pixels.
-            forwards, backwards: passes that the attack made for each image, over all its variants.
+            steps, forwards, backwards, seconds: what the attack took for each image, over all its variants.
             VARIANT_success, VARIANT_target_miou, VARIANT_adversarial_miou: of one variant of the attack.
             note: why the defence does not apply to the model; empty otherwise.
         """
@@ -226,7 +245,7 @@ class Results:
             if not chosen:
                 continue
             row: dict[str, Any] = dict(zip(_KEY, (model, attack, defence), strict=True))
-            row |= {"images": len(chosen), "note": ""} | _figures(chosen) | _passes(variants.values(), len(chosen))
+            row |= {"images": len(chosen), "note": ""} | _figures(chosen) | _costs(variants.values(), len(chosen))
             for variant in VARIANTS:
                 figures = _figures(variants[variant]) if variant in variants else {}
                 for name in ("success", "target_miou", "adversarial_miou"):
@@ -291,9 +310,10 @@ class Results:
         records, skipped = [], []
         for path in sorted((folder / "cells").rglob("*.jsonl")):
             header, lines = read_lines(path)
+            seconds = seconds_of(folder, path)
             if "skipped" in header:
                 skipped.append(Skipped(**header["skipped"]))
-            records += [Record.from_json(line, len(classes)) for line in lines]
+            records += [Record.from_json(line, len(classes), seconds) for line in lines]
         axes = {axis: list(configuration[f"{axis}s"]) for axis in _KEY}
         records.sort(
             key=lambda r: (
@@ -352,7 +372,7 @@ _MARKDOWN = (
 def _columns() -> list[str]:
     shared = [
         "clean_success", "target_miou", "adversarial_miou", "pixel_accuracy", "iou_ratio", "changed", "clean_miou",
-        "clean_region_miou", "clean_pixel_accuracy", "forwards", "backwards",
+        "clean_region_miou", "clean_pixel_accuracy", *_COSTS,
     ]  # fmt: skip
     return shared + [f"{v}_{name}" for v in VARIANTS for name in ("success", "target_miou", "adversarial_miou")]
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, and one file of rows and one of patches for each finished cell."""
+"""The folder of a run: its configuration, and for each finished cell a file of rows, of patches and of its time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from evaluation.changes import Changes
 from evaluation.files import read_lines, write_lines, write_whole
 from evaluation.fingerprints import versions_of
-from evaluation.results import Record, Skipped
+from evaluation.results import Record, Skipped, seconds_of
 
 #: The defence that is none; every gain is measured against it.
 NONE = "none"
@@ -73,8 +73,9 @@ class Store:
         """The rows of a finished cell; ``None`` if it is not finished."""
         if self.folder is None or not self._path("cells", cell, ".jsonl").exists():
             return None
-        _, lines = read_lines(self._path("cells", cell, ".jsonl"))
-        return [Record.from_json(line, len(self.classes)) for line in lines]
+        path = self._path("cells", cell, ".jsonl")
+        seconds = seconds_of(self.folder, path)
+        return [Record.from_json(line, len(self.classes), seconds) for line in read_lines(path)[1]]
 
     def write(self, cell: Cell, records: Sequence[Record], changes: Changes | None) -> None:
         """Keep a finished cell; ``changes`` is ``None`` where it is another cell's."""
@@ -86,6 +87,8 @@ class Store:
             path = self._path("patches", cell, ".safetensors")
             path.parent.mkdir(parents=True, exist_ok=True)
             changes.save(path)
+        # in a file of their own: the rows are the same in every run, the time is not
+        write_whole(self._path("times", cell, ".json"), json.dumps({"seconds": records[0].seconds}) + "\n")
         # the rows come last: a cell with rows is finished
         write_lines(self._path("cells", cell, ".jsonl"), {"cell": vars(cell)}, [r.to_json() for r in records])
 
