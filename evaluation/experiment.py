@@ -12,8 +12,6 @@ none.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,33 +21,34 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attacks.catalogue import attacks as attack_catalogue
-from attacks.catalogue import entry as attack_entry
 from evaluation.changes import Changes
+from evaluation.contact import check_promises, costs_of, generate, mask_of, takes, target_map
 from evaluation.datasets import IGNORE_INDEX, SegmentationData, load_data, stack
 from evaluation.figures import Panel, save_figure
 from evaluation.files import write_whole
 from evaluation.fingerprints import data_fingerprint, identity, model_fingerprint, plain_value, versions_of
+from evaluation.given import (
+    AttackFactory,
+    DefenceFunction,
+    chosen_images,
+    named_attacks,
+    named_defences,
+    named_segmenters,
+)
 from evaluation.metrics import REGIONS, Region, confusion, counted_pixels
 from evaluation.results import Record, Results, Skipped, worst
 from evaluation.store import NONE, Cell, Store, file_name
 from ramdefense.checks import check_images, check_labels
-from ramdefense.defences import defence as defence_by_name
 from ramdefense.segmenter import PyTorchSegmenter
 from ramdefense.traits import NotApplicableError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-AttackFactory = Callable[..., Any]
-DefenceFunction = Callable[[PyTorchSegmenter], PyTorchSegmenter]
 Tick = Callable[[str, float], None]
 
 #: Images whose rows share a file: what an interrupted run loses at most. The rows do not depend on it.
 CHUNK = 16
-#: The names that stand for every attack of the catalogue, and for those that change a patch, or every pixel.
-ALL = "all"
-THREATS = ("patch", "pixel")
 _PLAIN = {"defence_samples": 1, "straight_through": False}
 #: About how long a variant takes, in units of the plain one: what the remaining time is estimated from.
 _EFFORT = {"plain": 1.0, "adaptive": 4.0, "transfer": 0.05}
@@ -110,16 +109,16 @@ def evaluate(
         raise ValueError(f"region={region!r}: one of {', '.join(map(repr, REGIONS))}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
-    factories = _attacks(attacks)
-    functions = _defences(defences)
+    factories = named_attacks(attacks)
+    functions = named_defences(defences)
     given = {"patch_shape": patch_shape, "max_iter": max_iter, **attack_options}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
-        if not any(_takes(factory, name) for factory in factories.values()):
+        if not any(takes(factory, name) for factory in factories.values()):
             raise ValueError(f"option {name!r}: none of the attacks ({', '.join(factories)}) has it")
     frames = load_data(data, size=size) if isinstance(data, str) else data
-    indices = _indices(images, len(frames))
-    segmenters = _segmenters(models, frames, indices[0], device_type)
+    indices = chosen_images(images, len(frames))
+    segmenters = named_segmenters(models, frames, indices[0], device_type)
     configuration: dict[str, Any] = {
         "models": {name: model_fingerprint(segmenter) if out else "" for name, segmenter in segmenters.items()},
         "attacks": {name: identity(factory) for name, factory in factories.items()},
@@ -237,14 +236,14 @@ class _Run:
     def _variants(self, attack: str, defended: _Defended) -> list[str]:
         traits = defended.segmenter.traits
         factory = self.attacks[attack]
-        adapts = any(_takes(factory, name) for name in _PLAIN) and (traits.random or traits.straight_through)
+        adapts = any(takes(factory, name) for name in _PLAIN) and (traits.random or traits.straight_through)
         return ["plain", *(["adaptive"] if adapts else []), *(["transfer"] if defended.name != NONE else [])]
 
     def _make(self, attack: str, variant: str, segmenter: PyTorchSegmenter) -> Any:
         factory = self.attacks[attack]
         options = self.options | (_PLAIN if variant == "plain" else {})
         try:
-            made = factory(segmenter, **{name: value for name, value in options.items() if _takes(factory, name)})
+            made = factory(segmenter, **{name: value for name, value in options.items() if takes(factory, name)})
         except TypeError as error:
             raise ValueError(f"attack {attack!r}: {error}") from error
         if getattr(made, "targeted", False) and not hasattr(made, "target_map"):
@@ -286,14 +285,14 @@ class _Run:
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
             x, y, names = self._load(batch)
-            aim = _target_map(attack, y, batch)
+            aim = target_map(attack, y, batch)
             costs: list[dict[str, Any]] = [{"steps": 0, "forwards": 0.0, "backwards": 0.0, "seconds": 0.0}] * len(batch)
             if pasted is None:
                 began = time.perf_counter()
-                adversarial = _generate(attack, x, y, batch)
-                costs = _costs(attack, time.perf_counter() - began, len(batch))
-                mask = _mask(attack, x)  # after the attack, which may choose where its patch goes
-                _check(cell.attack, x, adversarial, mask, defended.segmenter)
+                adversarial = generate(attack, x, y, batch)
+                costs = costs_of(attack, time.perf_counter() - began, len(batch))
+                mask = mask_of(attack, x)  # after the attack, which may choose where its patch goes
+                check_promises(cell.attack, x, adversarial, mask, defended.segmenter)
                 made.append(adversarial)
                 masks.append(mask)
             else:
@@ -358,7 +357,7 @@ class _Run:
             made = self._make(attack, "plain", undefended.segmenter) if made is None else made
             image = chosen.image
             x, y, _ = self._load([image])
-            aim = _target_map(made, y, [image])
+            aim = target_map(made, y, [image])
             panels = []
             mask = None
             for defended in applied:
@@ -407,158 +406,8 @@ class _Run:
         return x.numpy(), y.numpy(), names
 
 
-# ---------------------------------------------------------------------------------------- what an attack gives back
-
-
-def _takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a keyword of that name can be given; a preset says which it leaves open."""
-    if isinstance(function, functools.partial):
-        return name not in function.keywords and _takes(function.func, name)
-    left_open = getattr(function, "open", None)
-    if left_open is not None:
-        return name in left_open
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-
-
-def _generate(attack: Any, x: NDArray[np.float32], y: NDArray[np.int64], images: Sequence[int]) -> NDArray[np.float32]:
-    # by name only: the **kwargs of ART's attacks are meant for other things
-    streams = {"images": images} if "images" in inspect.signature(attack.generate).parameters else {}
-    return np.asarray(attack.generate(x.copy(), y.copy(), **streams), dtype=np.float32)
-
-
-def _target_map(attack: Any, y: NDArray[np.int64], images: Sequence[int]) -> NDArray[np.int64] | None:
-    if not hasattr(attack, "target_map"):
-        return None
-    streams = {"images": images} if _takes(attack.target_map, "images") else {}
-    aim = attack.target_map(y.copy(), **streams)
-    return None if aim is None else np.asarray(aim, dtype=np.int64)
-
-
-def _check(
-    name: str,
-    x: NDArray[np.float32],
-    adversarial: NDArray[np.float32],
-    mask: NDArray[np.bool_] | None,
-    segmenter: PyTorchSegmenter,
-) -> None:
-    """An attack that breaks the rules gives numbers that mean nothing, so it stops the run."""
-    if adversarial.shape != x.shape:
-        raise ValueError(f"attack {name!r} made images of shape {adversarial.shape} out of {x.shape}")
-    try:
-        check_images(adversarial, segmenter.clip_values)
-    except ValueError as error:
-        raise ValueError(f"attack {name!r} made no valid images: {error}") from error
-    if mask is not None and (adversarial != x)[np.broadcast_to(~mask[:, None], x.shape)].any():
-        raise ValueError(f"attack {name!r} changed pixels outside its mask")
-
-
-def _mask(attack: Any, x: NDArray[np.float32]) -> NDArray[np.bool_] | None:
-    """The pixels that an attack might change, (N, H, W); None where that is all of them, which then all count."""
-    mask = np.asarray(attack.mask(x), dtype=bool) if hasattr(attack, "mask") else None
-    return None if mask is None or mask.all() else mask
-
-
-def _costs(attack: Any, seconds: float, images: int) -> list[dict[str, Any]]:
-    """What each image of an attack's last batch took, by what the attack says of it."""
-    result = getattr(attack, "result", None)
-    steps = getattr(result, "steps", None)
-    shared: dict[str, Any] = {"seconds": seconds / images}
-    for name in ("forwards", "backwards"):
-        total = getattr(result, name, None)
-        shared[name] = None if total is None else total / images
-    return [{**shared, "steps": None if steps is None else int(steps[row])} for row in range(images)]
-
-
 def _reason(error: Exception) -> str:
     return str(error).partition(":")[0]
-
-
-# ------------------------------------------------------------------------------------------------------- arguments
-
-
-def _list(names: Any, what: str) -> list[Any]:
-    listed = [names] if isinstance(names, (str, PyTorchSegmenter)) else list(names)
-    if not listed:
-        raise ValueError(f"no {what} given; at least one")
-    return listed
-
-
-def _unique(names: Sequence[str], what: str) -> None:
-    twice = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
-    if twice:
-        raise ValueError(f"{what} {', '.join(map(repr, twice))} given twice; a dict gives each a name of its own")
-
-
-def _attacks(attacks: str | Sequence[str] | Mapping[str, AttackFactory]) -> dict[str, AttackFactory]:
-    if isinstance(attacks, Mapping):
-        return {name: attacks[name] for name in _list(attacks, "attack")}
-    names = _list(attacks, "attack")
-    _unique(names, "attack")
-    groups = {ALL: list(attack_catalogue())}
-    for threat in THREATS:
-        groups[threat] = [name for name, entry in attack_catalogue().items() if entry.threat == threat]
-    named = [name for name in names if name not in groups]
-    names = list(dict.fromkeys([*named, *(name for group in names for name in groups.get(group, []))]))
-    return {name: attack_entry(name).factory for name in names}
-
-
-def _defences(defences: str | Sequence[str] | Mapping[str, DefenceFunction]) -> dict[str, DefenceFunction]:
-    if isinstance(defences, Mapping):
-        functions = dict(defences)
-    else:
-        names = _list(defences, "defence")
-        _unique(names, "defence")
-        functions = {name: defence_by_name(name) for name in names}
-    functions.pop(NONE, None)
-    return {NONE: defence_by_name(NONE), **functions}
-
-
-def _segmenters(
-    models: str | PyTorchSegmenter | Sequence[str | PyTorchSegmenter] | Mapping[str, PyTorchSegmenter],
-    data: SegmentationData,
-    first: int,
-    device_type: str | None,
-) -> dict[str, PyTorchSegmenter]:
-    if isinstance(models, Mapping):
-        named = list(models.items())
-    else:
-        named = [(m if isinstance(m, str) else type(m.model).__name__, m) for m in _list(models, "model")]
-    _unique([name for name, _ in named], "model")
-    segmenters = {}
-    for name, model in named:
-        if isinstance(model, str):
-            from evaluation.models import load_model
-
-            channels, height, width = data[first].image.shape
-            shape = (channels, height, width)
-            model = load_model(model, nb_classes=len(data.classes), input_shape=shape, device_type=device_type)
-        if not isinstance(model, PyTorchSegmenter):
-            raise ValueError(f"model {name!r} is a {type(model).__name__}; wrap it in a PyTorchSegmenter")
-        if model.nb_classes != len(data.classes):
-            raise ValueError(
-                f"model {name!r} has {model.nb_classes} classes and the data {len(data.classes)} "
-                f"({', '.join(data.classes[:3])}, …); they must be the same classes"
-            )
-        if model.ignore_index != IGNORE_INDEX:
-            raise ValueError(f"model {name!r} ignores {model.ignore_index}; the data's void label is {IGNORE_INDEX}")
-        segmenters[name] = model
-    if not segmenters:
-        raise ValueError("no model given; at least one")
-    return segmenters
-
-
-def _indices(images: int | Sequence[int] | None, length: int) -> list[int]:
-    if images is None:
-        return list(range(length))
-    if isinstance(images, int):
-        if not 1 <= images <= length:
-            raise ValueError(f"images={images}: the data set has {length}; 1 to {length}")
-        return [int(i) for i in np.linspace(0, length - 1, images).round()] if images > 1 else [0]
-    chosen = [int(i) for i in images]
-    if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= i < length for i in chosen):
-        raise ValueError(f"images={chosen}: different indices from 0 to {length - 1}, at least one")
-    return chosen
 
 
 @contextmanager

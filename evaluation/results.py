@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from evaluation import metrics
+from evaluation import metrics, tables
 from evaluation.files import read_lines, write_whole
 from evaluation.metrics import Counts
 
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 #: How the attack deals with a defence: it does not know it; it knows it; its patch was made on the undefended model.
 VARIANTS = ("plain", "adaptive", "transfer")
 _KEY = ["model", "attack", "defence"]
-#: Columns of the table on the screen, beside the worst and the gain: of the summary, and what stands over them.
-_SHOWN = ("clean_miou", "adversarial_miou", "clean_success", "plain_success", "adaptive_success", "transfer_success")
-_HEADINGS = (
-    ("mIoU\nclean", 5), ("\nadv", 4), ("fooled\nnone", 6), ("\nplain", 5), ("\nadapt", 5),
-    ("\ntrans", 5), ("\nworst", 5), ("\ngain", 6),
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,11 +274,23 @@ class Results:
 
     def table(self) -> Group:
         """The summary for the screen (``rich``): percentages, and what each defence gains."""
-        return _table(self)
+        under = " and pixels under the patch" if self.configuration.get("region", "outside") == "outside" else ""
+        notes = [
+            f"n/a: {skip.attack or skip.defence} does not apply to {skip.model}: {skip.reason}"
+            for skip in self.skipped
+        ]
+        if self.interrupted:
+            notes.insert(0, "INTERRUPTED: only what was finished is here.")
+        counted = f"Void pixels{under} count nowhere; clean mIoU is of the whole image."
+        return tables.on_screen(self.summary(), notes, counted=counted)
+
+    def markdown(self) -> str:
+        """The summary as Markdown, in percent."""
+        return tables.as_markdown(self.summary())
 
     def sentences(self) -> list[str]:
         """What the table shows, one plain sentence for each model, attack and defence."""
-        return list(_sentences(self.summary()))
+        return list(tables.as_sentences(self.summary()))
 
     def to_csv(self, path: str | Path) -> None:
         """Write the summary as CSV."""
@@ -352,22 +358,6 @@ class Results:
         interrupted = any(run.interrupted for run in runs)
         return cls(list(records.values()), first.classes, skipped, {**first.configuration, **axes}, interrupted)
 
-    def markdown(self) -> str:
-        """The summary as a Markdown table, in percent."""
-        headings = ("attack", "model", "defence", *(name.replace("_", " ") for name in _MARKDOWN))
-        lines = ["| " + " | ".join(headings) + " |", "| --- | --- | --- |" + " ---: |" * len(_MARKDOWN)]
-        for row in self.summary().to_dict("records"):
-            cells = [row["attack"], row["model"], row["defence"] + (" (n/a)" if row["note"] else "")]
-            lines.append("| " + " | ".join([*cells, *(_percent(row[name]) for name in _MARKDOWN)]) + " |")
-        return "\n".join(lines)
-
-
-#: Columns of the Markdown table, of the summary.
-_MARKDOWN = (
-    "clean_miou", "clean_success", "plain_success", "adaptive_success", "transfer_success", "success", "target_miou",
-    "adversarial_miou",
-)  # fmt: skip
-
 
 def _columns() -> list[str]:
     shared = [
@@ -379,99 +369,3 @@ def _columns() -> list[str]:
 
 def _index(names: Sequence[str], name: str) -> int:
     return names.index(name) if name in names else len(names)
-
-
-def _percent(value: float) -> str:
-    return "—" if value is None or math.isnan(value) else f"{100 * value:.1f}"
-
-
-def _gain(drop: float, defence: str) -> str:
-    if defence == "none" or math.isnan(drop):
-        return ""
-    points = round(100 * drop, 1)
-    if points == 0:
-        return "= 0.0"
-    return f"[green]▼ {points:.1f}[/green]" if points > 0 else f"[red]▲ {-points:.1f}[/red]"
-
-
-def _caption(results: Results, counts: set[int]) -> str:
-    """What a newcomer needs to read the table, and nothing that is not in this one."""
-    present = {record.variant for record in results.records}
-    under = "pixels under the patch" if results.configuration.get("region", "outside") == "outside" else ""
-    lines = [
-        f"{counts.pop()} images. All numbers are %." if len(counts) == 1 else "All numbers are %.",
-        "INTERRUPTED: only what was finished is here." if results.interrupted else "",
-        "mIoU clean: without attack; adv: under the worst attack.",
-        "fooled: pixels that the model takes for the attacker's target class / pixels with a target; low is robust.",
-        "  (For an attack without a target: pixels predicted wrong / pixels.)"
-        if any(record.aim is None for record in results.records)
-        else "",
-        "  none: no attack. plain: the attack does not know the defence." if present - {"plain"} else "",
-        "  adapt: adaptive, it does. trans: transfer, its patch was made on the undefended model."
-        if present - {"plain"}
-        else "",
-        "  worst: the strongest of these on each image. gain: ▼ fewer pixels fooled than without defence."
-        if present - {"plain"}
-        else "",
-        f"Void pixels{' and ' + under if under else ''} count nowhere; clean mIoU is of the whole image.",
-        *(
-            f"n/a: {skip.attack or skip.defence} does not apply to {skip.model}: {skip.reason}"
-            for skip in results.skipped
-        ),
-    ]
-    return "\n".join(line for line in lines if line)
-
-
-def _table(results: Results) -> Group:
-    from rich import box
-    from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
-
-    frame = results.summary()
-    names = {name: max((len(str(value)) for value in frame[name]), default=0) for name in ("model", "defence")}
-    counts = {int(n) for n in frame["images"] if n}
-    parts: list[Any] = []
-    for attack, rows in frame.groupby("attack", sort=False):
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            title=f"attack: {escape(str(attack))}",
-            title_justify="left",
-            title_style="bold",
-            padding=0,
-        )
-        for heading, width in names.items():
-            table.add_column(heading, min_width=min(width, 14 if heading == "model" else 8), overflow="fold")
-        for heading, width in _HEADINGS:
-            table.add_column(heading, justify="right", no_wrap=True, min_width=width)
-        if len(counts) > 1:
-            table.add_column("images", justify="right", no_wrap=True)
-        shown = ""
-        for row in rows.to_dict("records"):
-            name, shown = ("" if row["model"] == shown else row["model"]), row["model"]
-            cells = [_percent(row[column]) for column in _SHOWN]
-            gain = "n/a" if row["note"] else _gain(row["success_drop"], row["defence"])
-            cells += [f"[bold]{_percent(row['success'])}[/bold]", gain]
-            if len(counts) > 1:
-                cells.append(str(row["images"]) if row["images"] else "—")
-            table.add_row(escape(name), escape(row["defence"]), *cells)
-        parts.append(table)
-    return Group(*parts, Text(_caption(results, counts), style="dim"))
-
-
-def _sentences(frame: pd.DataFrame) -> Iterator[str]:
-    rows = frame.to_dict("records")
-    plain = {(row["model"], row["attack"]): row for row in rows if row["defence"] == "none"}
-    for row in rows:
-        before = plain.get((row["model"], row["attack"]))
-        if row["defence"] == "none" or before is None or row["note"] or math.isnan(row["success"]):
-            continue
-        points = round(100 * (before["success"] - row["success"]), 1)
-        verb = "lowers" if points > 0 else "raises" if points < 0 else "does not change"
-        yield (
-            f"On {row['model']}, {row['defence']} {verb} the share of pixels that the {row['attack']} patch fools: "
-            f"{_percent(before['success'])} % without it, {_percent(row['success'])} % with it (the strongest variant "
-            f"of the attack on each image); clean mIoU {_percent(before['clean_miou'])} % and "
-            f"{_percent(row['clean_miou'])} %."
-        )

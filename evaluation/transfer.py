@@ -22,22 +22,16 @@ from attacks.patch import Patch
 from attacks.streams import stream
 from attacks.universal import UniversalPatchAttack
 from evaluation.changes import Changes
+from evaluation.contact import takes, target_map
 from evaluation.datasets import Frame, SegmentationData, load_data
-from evaluation.experiment import (
-    CHUNK,
-    AttackFactory,
-    _attacks,
-    _indices,
-    _segmenters,
-    _takes,
-    _target_map,
-    evaluate,
-)
+from evaluation.experiment import CHUNK, evaluate
 from evaluation.files import write_whole
 from evaluation.fingerprints import data_fingerprint, identity
+from evaluation.given import AttackFactory, chosen_images, named_attacks, named_segmenters
 from evaluation.metrics import Region
 from evaluation.results import Results, Skipped
 from evaluation.store import NONE, Cell, Store
+from evaluation.tables import percent
 from ramdefense.segmenter import PyTorchSegmenter
 
 if TYPE_CHECKING:
@@ -86,7 +80,7 @@ class _Replayed:
         return np.ones((len(x), *x.shape[-2:]), dtype=bool) if self._mask is None else self._mask
 
     def target_map(self, y: NDArray[np.int64], images: Sequence[int]) -> NDArray[np.int64] | None:
-        return _target_map(self._original, y, images)
+        return target_map(self._original, y, images)
 
 
 # ------------------------------------------------------------------------------------------------- to other models
@@ -127,8 +121,8 @@ def transfer(
     """
     name, factory = _one(attack)
     frames = load_data(data, size=size) if isinstance(data, str) else data
-    indices = _indices(images, len(frames))
-    segmenters = _segmenters(models, frames, indices[0], device_type)
+    indices = chosen_images(images, len(frames))
+    segmenters = named_segmenters(models, frames, indices[0], device_type)
     sources = dict(segmenters)
     if ensembles:
         if len(segmenters) < 3:
@@ -285,8 +279,8 @@ def universal(
     """
     name, factory = _one(attack)
     seen, unseen = (load_data(data, size=size) if isinstance(data, str) else data for data in (train, test))
-    numbers, test_numbers = _indices(images, len(seen)), _indices(test_images, len(unseen))
-    ((label, segmenter),) = _segmenters([model], unseen, test_numbers[0], device_type).items()
+    numbers, test_numbers = chosen_images(images, len(seen)), chosen_images(test_images, len(unseen))
+    ((label, segmenter),) = named_segmenters([model], unseen, test_numbers[0], device_type).items()
     if list(seen.classes) != list(unseen.classes):
         raise ValueError(f"train has the classes {list(seen.classes)[:3]}, …, test {list(unseen.classes)[:3]}, …")
     options = {key: value for key, value in attack_options.items() if value is not None}
@@ -395,7 +389,7 @@ def _digest(patch: Patch) -> str:
 
 
 def _one(attack: str | Mapping[str, AttackFactory]) -> tuple[str, AttackFactory]:
-    factories = _attacks(attack)
+    factories = named_attacks(attack)
     if len(factories) != 1:
         raise ValueError(f"{len(factories)} attacks ({', '.join(factories)}); exactly one")
     return next(iter(factories.items()))
@@ -404,15 +398,14 @@ def _one(attack: str | Mapping[str, AttackFactory]) -> tuple[str, AttackFactory]
 def _factory(name: str, factory: AttackFactory, options: Mapping[str, Any]) -> Callable[[PyTorchSegmenter], Any]:
     """The factory with the options that it takes, as ``evaluate`` gives them."""
     always = ("seed", "batch_size", "verbose")
-    unknown = [option for option in options if not _takes(factory, option) and option not in always]
+    unknown = [option for option in options if not takes(factory, option) and option not in always]
     if unknown:
         raise ValueError(f"option {unknown[0]!r}: attack {name!r} does not have it")
-    return functools.partial(factory, **{option: value for option, value in options.items() if _takes(factory, option)})
+    return functools.partial(factory, **{option: value for option, value in options.items() if takes(factory, option)})
 
 
 def _percent(value: float, *, bold: bool = False) -> str:
-    text = "—" if np.isnan(value) else f"{100 * value:.1f}"
-    return f"[bold]{text}[/bold]" if bold else text
+    return f"[bold]{percent(value)}[/bold]" if bold else percent(value)
 
 
 def _table(title: str, first: str, columns: list[str], rows: list[tuple[str, list[str]]], caption: str) -> Group:

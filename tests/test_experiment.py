@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from tiny import linear_cnn
+from tiny import files, linear_cnn
 from torch import Tensor, nn
 
 from attacks.catalogue import attacks as attack_catalogue
@@ -290,13 +290,6 @@ def test_options_reach_the_attacks_that_have_them_and_the_plain_one_does_not_ada
 
 
 # --------------------------------------------------------------------------------------------------- a run is a folder
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """What a run keeps; without what tells how long it took, which no two runs share."""
-    timed = ("summary.csv", "summary.json", "times")
-    paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    return {str(p): (folder / p).read_bytes() for p in paths if p.parts[0] not in timed}
 
 
 def figures(results: Results) -> Any:

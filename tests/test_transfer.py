@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from rich.console import Console
-from tiny import coloured_shapes, linear_cnn, random_images, random_labels, tiny_attention, tiny_cnn
+from tiny import coloured_shapes, files, linear_cnn, random_images, random_labels, tiny_attention, tiny_cnn
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
@@ -224,10 +224,6 @@ def test_pixelwise_attacks_and_attacks_that_do_not_apply() -> None:
     assert list(result.matrix().index) == [NO_PATCH, "red", "both"]
     assert list(result.matrix().columns) == ["red", "green", "both"]
     assert "picky does not apply to green: no red" in shown(result)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_a_run_that_is_broken_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -80,3 +82,10 @@ def coloured_shapes(number: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
             images[i][colour, *area] = 0.8
             labels[i][area] = colour + 1
     return (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp(0, 1), labels
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a run keeps; without what tells how long it took, which no two runs share."""
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    timed = {"summary.csv", "summary.json", "times"}
+    return {str(path): (folder / path).read_bytes() for path in paths if not timed & set(path.parts)}

@@ -1,0 +1,280 @@
+"""A summary as a person reads it: on the screen, as Markdown, in sentences. Every figure comes from the summary.
+
+A few attacks make one table each, with the models down its side. More of them than there are models turn this round:
+one table for each model with the attacks down its side, and their mean, since that many tables cannot be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ramdefense.names import split_name
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+
+#: From so many attacks on a mean says something.
+_MANY = 3
+#: Columns, of the summary, and what stands over them, with the width that they need.
+_BY_ATTACK = (
+    ("clean_miou", "mIoU\nclean", 5), ("adversarial_miou", "\nadv", 4), ("clean_success", "fooled\nnone", 6),
+    ("plain_success", "\nplain", 5), ("adaptive_success", "\nadapt", 5), ("transfer_success", "\ntrans", 5),
+    ("success", "\nworst", 5), ("success_drop", "\ngain", 6),
+)  # fmt: skip
+_BY_MODEL = (
+    ("plain_success", "fooled\nplain", 6), ("adaptive_success", "\nadapt", 5), ("transfer_success", "\ntrans", 5),
+    ("success", "\nworst", 5), ("success_drop", "\ngain", 6), ("forwards", "cost\nforw.", 5),
+    ("backwards", "\nbackw.", 6), ("seconds", "\ns", 4),
+)  # fmt: skip
+_MARKDOWN = (
+    "clean_miou", "clean_success", "plain_success", "adaptive_success", "transfer_success", "success", "target_miou",
+    "adversarial_miou",
+)  # fmt: skip
+_MARKDOWN_BY_MODEL = (
+    "plain_success", "adaptive_success", "transfer_success", "success", "success_drop", "steps", "forwards",
+    "backwards", "seconds",
+)  # fmt: skip
+_COSTS = ("steps", "forwards", "backwards", "seconds")
+
+
+def on_screen(frame: pd.DataFrame, notes: Sequence[str] = (), *, counted: str = "") -> Group:
+    """The table for the screen (``rich``), 80 columns wide: percentages, and what each defence gains.
+
+    Args:
+        frame: ``Results.summary()``.
+        notes: lines that go under it.
+        counted: which pixels count, one sentence.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    turned = _turned(frame)
+    tables = _tables_by_model(frame) if turned else _tables_by_attack(frame)
+    return Group(*tables, Text("\n".join([*_caption(frame, turned), counted, *notes]), style="dim"))
+
+
+def as_markdown(frame: pd.DataFrame) -> str:
+    """The summary as a Markdown table, in percent; where attacks are many, one for each model, with what they took.
+
+    Args:
+        frame: ``Results.summary()``.
+    """
+    if not _turned(frame):
+        headings = ["attack", "model", "defence", *(name.replace("_", " ") for name in _MARKDOWN)]
+        cells = [
+            [row["attack"], row["model"], _defence(row), *(percent(row[name]) for name in _MARKDOWN)]
+            for row in _rows(frame)
+        ]
+        return _markdown(headings, cells, left=3)
+    parts = []
+    for model, of_model in frame.groupby("model", sort=False):
+        headings = ["attack", "defence", *(name.replace("_", " ") for name in _MARKDOWN_BY_MODEL)]
+        cells = [
+            [row["attack"], _defence(row), *(_number(name, row[name]) for name in _MARKDOWN_BY_MODEL)]
+            for group in _groups(of_model)
+            for row in (*group, *means(group))
+        ]
+        parts.append(f"**{model}**{_clean(_rows(of_model))}\n\n{_markdown(headings, cells, left=2)}")
+    return "\n\n".join(parts)
+
+
+def as_sentences(frame: pd.DataFrame) -> Iterator[str]:
+    """What the table shows, one plain sentence for each model, attack and defence.
+
+    Args:
+        frame: ``Results.summary()``.
+    """
+    rows = _rows(frame)
+    plain = {(row["model"], row["attack"]): row for row in rows if row["defence"] == "none"}
+    for row in rows:
+        before = plain.get((row["model"], row["attack"]))
+        if row["defence"] == "none" or before is None or row["note"] or math.isnan(row["success"]):
+            continue
+        points = round(100 * (before["success"] - row["success"]), 1)
+        verb = "lowers" if points > 0 else "raises" if points < 0 else "does not change"
+        yield (
+            f"On {row['model']}, {row['defence']} {verb} the share of pixels that the {row['attack']} patch fools: "
+            f"{percent(before['success'])} % without it, {percent(row['success'])} % with it (the strongest variant "
+            f"of the attack on each image); clean mIoU {percent(before['clean_miou'])} % and "
+            f"{percent(row['clean_miou'])} %."
+        )
+
+
+def means(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """For each defence the mean over the attacks: one row each, every figure the plain mean of theirs.
+
+    Attacks that do not apply are left out, under every defence alike, so that the means are over the same ones. With
+    fewer attacks than three there is nothing to average: no rows.
+    """
+    rows = list(rows)
+    missing = {row["attack"] for row in rows if row["note"] or math.isnan(row["success"])}
+    frame = pd.DataFrame([dict(row) for row in rows if row["attack"] not in missing])
+    found: list[dict[str, Any]] = []
+    if frame.empty or frame["attack"].nunique() < _MANY:
+        return found
+    for defence, of_defence in frame.groupby("defence", sort=False):
+        figures = {str(name): float(value) for name, value in of_defence.mean(numeric_only=True).items()}
+        named = {"attack": f"mean of {len(of_defence)}", "defence": str(defence), "note": ""}
+        found.append({**dict.fromkeys(map(str, frame.columns), math.nan), **figures, **named})
+    return found
+
+
+def percent(value: float | None) -> str:
+    """A share in percent with one decimal; a dash where there is none."""
+    return "—" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def gain(drop: float, defence: str) -> str:
+    """How many points a defence takes off, as ``rich`` markup."""
+    if defence == "none" or math.isnan(drop):
+        return ""
+    points = round(100 * drop, 1)
+    if points == 0:
+        return "= 0.0"
+    return f"[green]▼ {points:.1f}[/green]" if points > 0 else f"[red]▲ {-points:.1f}[/red]"
+
+
+# ------------------------------------------------------------------------------------------------------------ details
+
+
+def _turned(frame: pd.DataFrame) -> bool:
+    attacks = frame["attack"].nunique()
+    return bool(attacks >= _MANY and attacks > frame["model"].nunique())
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _groups(frame: pd.DataFrame) -> list[list[dict[str, Any]]]:
+    """Rows whose success rates may be averaged: of attacks that may change the same and that all aim, or all do not."""
+    from attacks.catalogue import attacks
+
+    known = attacks()
+    groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    aims = {row["attack"] for row in _rows(frame) if not math.isnan(row["target_miou"])}
+    for row in _rows(frame):
+        name = split_name(row["attack"])[0]
+        threat = known[name].threat if name in known else ""
+        groups.setdefault((threat, row["attack"] in aims), []).append(row)
+    return list(groups.values())
+
+
+def _tables_by_attack(frame: pd.DataFrame) -> Iterator[Table]:
+    from rich.markup import escape
+
+    widths = {name: max((len(str(value)) for value in frame[name]), default=0) for name in ("model", "defence")}
+    several = frame["images"][frame["images"] > 0].nunique() > 1
+    for attack, of_attack in frame.groupby("attack", sort=False):
+        rows = _rows(of_attack)
+        table = _empty(f"attack: {attack}{_took(rows)}")
+        table.add_column("model", min_width=min(widths["model"], 14), overflow="fold")
+        table.add_column("defence", min_width=min(widths["defence"], 8), overflow="fold")
+        for _, heading, width in _BY_ATTACK:
+            table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+        if several:
+            table.add_column("images", justify="right", no_wrap=True)
+        shown = ""
+        for row in rows:
+            name, shown = ("" if row["model"] == shown else row["model"]), row["model"]
+            cells = [_cell(column, row) for column, _, _ in _BY_ATTACK]
+            images = [str(row["images"]) if row["images"] else "—"] if several else []
+            table.add_row(escape(name), escape(row["defence"]), *cells, *images)
+        yield table
+
+
+def _tables_by_model(frame: pd.DataFrame) -> Iterator[Table]:
+    from rich.markup import escape
+
+    for model, of_model in frame.groupby("model", sort=False):
+        rows = _rows(of_model)
+        table = _empty(f"model: {model}{_clean(rows)}")
+        table.add_column("attack", overflow="fold", max_width=20)
+        table.add_column("defence", overflow="fold", min_width=4)
+        for _, heading, width in _BY_MODEL:
+            table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+        for group in _groups(of_model):
+            shown = ""
+            for row in (*group, *means(group)):
+                name, shown = ("" if row["attack"] == shown else row["attack"]), row["attack"]
+                style = "italic" if name.startswith("mean of") else None
+                cells = [_cell(column, row) for column, _, _ in _BY_MODEL]
+                table.add_row(escape(name), escape(row["defence"]), *cells, style=style)
+            table.add_section()
+        yield table
+
+
+def _empty(title: str) -> Table:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left", title_style="bold", padding=0)
+
+
+def _cell(column: str, row: Row) -> str:
+    if column == "success_drop":
+        return "n/a" if row["note"] else gain(row[column], row["defence"])
+    text = _number(column, row[column])
+    return f"[bold]{text}[/bold]" if column == "success" else text
+
+
+def _number(column: str, value: float) -> str:
+    if column not in _COSTS:
+        return percent(value)
+    if value is None or math.isnan(value):
+        return "—"
+    return f"{value:.1f}" if column == "seconds" and value < 100 else f"{value:.0f}"
+
+
+def _took(rows: Sequence[Row]) -> str:
+    """What the attack takes on an undefended model: of the first model, since the next one takes the same passes."""
+    row = next((row for row in rows if row["defence"] == "none" and not row["note"]), None)
+    if row is None or any(math.isnan(row[name]) for name in _COSTS):
+        return ""
+    steps, forwards, backwards, seconds = (_number(name, row[name]) for name in _COSTS)
+    return f" ({steps} steps, {forwards} forwards, {backwards} backwards, {seconds} s an image)"
+
+
+def _clean(rows: Sequence[Row]) -> str:
+    """Clean mIoU under each defence, which no attack changes."""
+    found = {row["defence"]: percent(row["clean_miou"]) for row in rows if not row["note"]}
+    return f" (clean mIoU: {', '.join(f'{name} {value}' for name, value in found.items())})"
+
+
+def _defence(row: Row) -> str:
+    return row["defence"] + (" (n/a)" if row["note"] else "")
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * left + " ---: |" * (len(headings) - left)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _caption(frame: pd.DataFrame, turned: bool) -> list[str]:
+    """What a newcomer needs to read the table, and nothing that is not in this one."""
+    counts = {int(n) for n in frame["images"] if n}
+    rows = [row for row in _rows(frame) if not row["note"]]
+    defended = any(not math.isnan(row[f"{variant}_success"]) for row in rows for variant in ("adaptive", "transfer"))
+    lines = [
+        f"{counts.pop()} images. All numbers are %." if len(counts) == 1 else "All numbers are %.",
+        "" if turned else "mIoU clean: without attack; adv: under the worst attack.",
+        "fooled: pixels that the model takes for the attacker's target class / pixels with a target; low is robust.",
+        "  (For an attack without a target: pixels predicted wrong / pixels.)"
+        if any(math.isnan(row["target_miou"]) for row in rows)
+        else "",
+        f"  {'' if turned else 'none: no attack. '}plain: the attack does not know the defence." if defended else "",
+        "  adapt: adaptive, it does. trans: transfer, its patch was made on the undefended model." if defended else "",
+        "  worst: the strongest of these on each image. gain: ▼ fewer pixels fooled than without defence."
+        if defended
+        else "",
+        "cost: forward and backward passes and seconds for each image, over all of these." if turned else "",
+    ]
+    return [line for line in lines if line]
