@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "Python 3.11 or newer is needed; name one with PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --quiet --editable '.[test]'
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --editable '.[test,peers]'
 	@touch $@
 
 clean:

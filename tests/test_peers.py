@@ -258,3 +258,40 @@ class DensePatchAsInput(nn.Module):
     def forward(self, patch: Tensor) -> Tensor:
         logits: Tensor = self.model(paste(self.image, patch, LOCATION))
         return logits
+
+
+LOW = 0.3
+"""Share of the pixels at which those attacks are content: they look for the smallest change, not for the worst one."""
+
+ADV_LIB: dict[str, tuple[str, dict[str, Any]]] = {
+    "dag": ("dag", {"max_iter": STEPS}),
+    "alma_prox": ("alma_prox", {"num_steps": STEPS, "lr_init": 0.1}),
+    "pdgd": ("pdgd", {"num_steps": STEPS}),
+    "pdpgd": ("pdpgd", {"num_steps": STEPS, "norm": float("inf")}),
+    "asma": ("asma", {"num_steps": STEPS}),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", ADV_LIB)
+def test_the_default_attack_is_as_strong_as_those_of_adv_lib(adv_lib: ModuleType, name: str, seed: int) -> None:
+    scene, reached = strength(seed)
+    function, options = ADV_LIB[name]
+    patches = []
+    for row in range(len(scene.images)):
+        counted = scene.counted[row : row + 1]
+        labels = scene.labels[row : row + 1].masked_fill(~counted, 0)  # label 255 crashes it, mask or not
+        patches.append(
+            getattr(adv_lib, function)(
+                DensePatchAsInput(scene, row),
+                scene.grey[row : row + 1],
+                labels,
+                masks=counted,
+                adv_threshold=LOW,
+                **options,
+            )
+        )
+    theirs = scene.fooled(torch.cat(patches).detach().clamp(0, 1))
+    if name in ("dag", "alma_prox"):
+        assert theirs > scene.fooled(scene.grey) + 0.15, "it did its work, so that there is something to beat"
+    assert reached >= theirs
