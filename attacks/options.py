@@ -209,7 +209,7 @@ class PatchOptions(AttackOptions):
             150/512 of the image's shorter side.
         patch_location: (top, left) in pixels; a corner's name (`attacks.patch.resolve_location`); an
             `attacks.geometry.Surface`, onto which the patch is mapped; or a name in `attacks.placement.PLACEMENTS`,
-            which finds a place on each image.
+            which finds a place on each image, by the first objective, with passes that no result counts.
         patch_alpha: (h, w) numbers in [0, 1], how far the patch covers what is under it, for a patch of any shape
             (`attacks.geometry.disc`, `several`); None: wholly. Kept as nested tuples.
         eot: Transformations of the patch over which the gradient is averaged, `attacks.EOT` or
@@ -236,6 +236,11 @@ class PatchOptions(AttackOptions):
                     "attack takes one (top, left), a corner's name, a Surface, or a name in attacks.placement."
                 )
             object.__setattr__(self, "patch_location", location)
+        if self.patch_location in ("gradient", "scan") and self.objectives[0] == "none":
+            raise ValueError(
+                f"`patch_location` is {self.patch_location!r}, which goes by the objective, and that is 'none'; give "
+                "one, or a place."
+            )
         if self.patch_alpha is not None:
             alpha = check_alpha(self.patch_alpha)
             if self.patch_shape not in (None, tuple(alpha.shape)):
@@ -290,8 +295,15 @@ class PatchOptions(AttackOptions):
         size = images.shape[-2], images.shape[-1]
         shape, location = self.shape(size), self.patch_location
         if self.placement is not None:
-            objective = self.make_objectives()[0]
-            places = self.placement(victim, images, reference, shape, objective=objective, streams=tuple(streams))
+            places = self.placement(
+                victim,
+                images,
+                reference,
+                shape,
+                objective=self.make_objectives()[0],
+                streams=tuple(streams),
+                undefended=self.undefended,
+            )
             location = check_location(places)
         low, high = (float(value) for value in victim.clip_values)
         return PatchThreat(

@@ -38,6 +38,7 @@ class Placement(Protocol):
         *,
         objective: Objective,
         streams: tuple[int, ...],
+        undefended: bool = False,
     ) -> Tensor:
         """The place of the patch on each image.
 
@@ -48,6 +49,7 @@ class Placement(Protocol):
             shape: (height, width) of the patch, which fits on the images.
             objective: What the attack will minimise.
             streams: Stream number of each image.
+            undefended: Look at the model without its defence, where the defence can be left out.
 
         Returns:
             (N, 2) int64: (top, left); of several equally good places the first, row by row.
@@ -62,6 +64,7 @@ def by_attention(
     *,
     objective: Objective,
     streams: tuple[int, ...],
+    undefended: bool = False,
 ) -> Tensor:
     """The place whose keys get most of the attention of the rest of the image.
 
@@ -80,7 +83,7 @@ def by_attention(
     corners = torch.cartesian_prod(tops, lefts).to(images.device)
     given = torch.zeros(len(images), len(corners), device=images.device)
     with torch.no_grad():
-        with victim.conditions(images=streams, draw=0), watching(victim.model) as seen:
+        with victim.conditions(images=streams, draw=0, undefended=undefended), watching(victim.model) as seen:
             victim.logits(images)
         for attention in seen:
             places = located.get(attention.call)
@@ -103,11 +106,13 @@ def by_gradient(
     *,
     objective: Objective,
     streams: tuple[int, ...],
+    undefended: bool = False,
 ) -> Tensor:
     """The place with the largest sum of |∂ objective / ∂ pixel|: the best of all rectangles of that size."""
     leaf = images.detach().requires_grad_()
-    straight_through = victim.traits.straight_through
-    with torch.enable_grad(), victim.conditions(images=streams, draw=0, straight_through=straight_through):
+    passed = victim.traits.straight_through and not undefended
+    conditions = victim.conditions(images=streams, draw=0, straight_through=passed, undefended=undefended)
+    with torch.enable_grad(), conditions:
         loss = objective(victim.logits(leaf), reference, reference != victim.ignore_index, 0.0)
         slope = torch.autograd.grad(loss.sum(), leaf)[0]
     # exact to float64: rectangles may differ by little
@@ -127,6 +132,7 @@ def by_scan(
     *,
     objective: Objective,
     streams: tuple[int, ...],
+    undefended: bool = False,
 ) -> Tensor:
     """The place where a patch of noise lowers the objective most, of `SCAN_STEPS` in each direction.
 
@@ -142,7 +148,7 @@ def by_scan(
     tops, lefts = (_spread(side - extent, SCAN_STEPS) for side, extent in zip(size, shape, strict=True))
     corners = torch.cartesian_prod(tops, lefts).to(images.device)
     harm = []
-    with victim.conditions(images=streams, draw=0):
+    with victim.conditions(images=streams, draw=0, undefended=undefended):
         clean = victim.logits(images)
         for top, left in corners.tolist():
             area = (..., slice(top, top + shape[0]), slice(left, left + shape[1]))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import NB_CLASSES, SHAPE, random_images, random_labels, tiny_attention, tiny_cnn
+from tiny import NB_CLASSES, SHAPE, linear_cnn, random_images, random_labels, tiny_attention, tiny_cnn
 from torch import Tensor, nn
 
 from attacks.attention import watching
@@ -16,6 +16,7 @@ from attacks.optimize import make_patch
 from attacks.options import PatchOptions
 from attacks.placement import PLACEMENTS, SCAN_STEPS, by_attention, by_gradient, by_scan
 from ramdefense import PyTorchSegmenter, RAMDefense
+from ramdefense.traits import Conditions, Traits
 
 HEIGHT, WIDTH = SHAPE[1:]
 
@@ -198,3 +199,41 @@ def test_an_attack_takes_a_placement_by_its_name(name: str) -> None:
     expected = PLACEMENTS[name](victim, images, labels, (6, 6), objective=cross_entropy(False), streams=(0, 1))
     assert torch.as_tensor(patch.location).tolist() == expected.tolist()
     assert math.isfinite(float(patch.pixels.sum()))
+
+
+@pytest.mark.parametrize("name", ["gradient", "scan"])
+def test_an_attack_on_the_undefended_model_places_its_patch_there(name: str) -> None:
+    """A defence that makes the right half of the image black leaves nothing to find there; without it there is."""
+    plain = PyTorchSegmenter(HalfBlind(blind=False), NB_CLASSES, SHAPE)
+    defended = PyTorchSegmenter(HalfBlind(blind=True), NB_CLASSES, SHAPE)
+    images, labels = random_images(2), random_labels(2)
+
+    def places(victim: PyTorchSegmenter, **options: bool) -> list[list[int]]:
+        chosen = PatchOptions(patch_shape=(6, 6), patch_location=name, max_iter=1, verbose=False, **options)
+        return torch.as_tensor(make_patch(victim, images, labels, chosen)[0].location).tolist()
+
+    assert all(left < WIDTH // 2 for _, left in places(defended))
+    assert places(defended, undefended=True) == places(plain)
+    assert any(left >= WIDTH // 2 for _, left in places(plain))
+
+
+class HalfBlind(nn.Module):
+    """Sees the right half of an image three times as strongly as the left, or, as its own defence, not at all."""
+
+    traits = Traits()
+
+    def __init__(self, *, blind: bool) -> None:
+        super().__init__()
+        self.model, self.blind, self.conditions = linear_cnn(), blind, Conditions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x.clone()
+        seen[..., WIDTH // 2 :] = 0 if self.blind and not self.conditions.undefended else 3 * x[..., WIDTH // 2 :]
+        return self.model(seen)
+
+
+def test_a_placement_by_the_objective_needs_one() -> None:
+    for name in ("gradient", "scan"):
+        with pytest.raises(ValueError, match="goes by the objective, and that is 'none'"):
+            PatchOptions(patch_location=name, objective="none")
+    PatchOptions(patch_location="attention", objective="none")
