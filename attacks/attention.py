@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attacks.problem import Victim
+from attacks.interfaces import Victim
 from attacks.streams import stream
 from attacks.terms import Forward
 from ramdefense.interception import Call, Watch, Watcher, matrix_shape, probe

@@ -8,29 +8,16 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
+from attacks.interfaces import CataloguedAttack
 from attacks.patchwise import PATCH_ATTACKS
 from attacks.pixelwise import PIXEL_ATTACKS
 from attacks.presets import Preset
 from ramdefense.names import split_name
-
-
-class CataloguedAttack(Protocol):
-    """What a table asks of an attack; arrays and tensors alike, and what comes back is of the kind that went in."""
-
-    def generate(self, x: Any, y: Any = None, *, images: Sequence[int] | None = None) -> Any:
-        """Images (N, C, H, W) and ground truth (N, H, W) -> adversarial images; `images`: their stream numbers."""
-
-    def target_map(self, y: Any, images: Sequence[int] | None = None) -> Any:
-        """The map that the attack aims at, (N, H, W); None for an untargeted attack."""
-
-    def mask(self, x: Any) -> Any:
-        """The pixels that the attack may change, (N, H, W) bool."""
-
 
 Factory = Callable[..., CataloguedAttack]
 

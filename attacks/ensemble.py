@@ -13,8 +13,8 @@ from art.attacks.attack import EvasionAttack
 from art.estimators.estimator import BaseEstimator, LossGradientsMixin
 from torch import Tensor, nn
 
-from attacks.catalogue import CataloguedAttack
 from attacks.criteria import off_label, on_target
+from attacks.interfaces import CataloguedAttack
 from attacks.optimize import Result, observed_traits, reference_map
 from attacks.options import AttackOptions
 from attacks.patch import Patch

@@ -35,10 +35,11 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from attacks.criteria import off_label, on_target
+from attacks.interfaces import Victim
 from attacks.objectives import OBJECTIVES
 from attacks.optimize import Result, observed_traits, reference_map
 from attacks.options import AttackOptions
-from attacks.problem import Problem, Spent, Victim
+from attacks.problem import Problem, Spent
 from attacks.steps import Norm, direction
 from attacks.streams import stream_numbers
 from attacks.threats import NORMS, PixelThreat

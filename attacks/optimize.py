@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from attacks.criteria import off_label, on_target
+from attacks.interfaces import Victim
 from attacks.options import AttackOptions, PatchOptions
 from attacks.patch import Patch, for_each_image
-from attacks.problem import Problem, Spent, Victim
+from attacks.problem import Problem, Spent
 from attacks.steps import SCHEDULES, Seen, State
 from attacks.streams import stream, stream_numbers
 from attacks.threats import Threat

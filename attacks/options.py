@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attacks.diversity import InputDiversity
 from attacks.geometry import Surface
+from attacks.interfaces import Victim
 from attacks.objectives import OBJECTIVES, Objective
 from attacks.patch import (
     CORNERS,
@@ -24,7 +25,6 @@ from attacks.patch import (
     resolve_location,
     resolve_shape,
 )  # fmt: skip
-from attacks.problem import Victim
 from attacks.square import SquareStep
 from attacks.steps import SCHEDULES, AdamStep, ApgdStep, Norm, SignStep, Smoothed, StepRule
 from attacks.targets import Target, named_target

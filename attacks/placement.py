@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attacks.attention import locate, watching
+from attacks.interfaces import Victim
 from attacks.objectives import Objective
-from attacks.problem import Victim
 from attacks.streams import stream
 
 ATTENTION_STEPS = 32

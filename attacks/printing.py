@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacks.problem import Victim
+from attacks.interfaces import Victim
 from attacks.terms import Forward
 
 

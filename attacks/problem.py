@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attacks.criteria import Criterion
+from attacks.interfaces import Victim
 from attacks.objectives import Objective
 from attacks.terms import Forward
 from attacks.threats import Threat
@@ -21,36 +22,6 @@ if TYPE_CHECKING:
 
 DEFENCE_SAMPLES = 4
 """Draws of a random defence in each step, unless `defence_samples` says otherwise."""
-
-
-class Victim(Protocol):
-    """What an attack asks of a segmenter."""
-
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def nb_classes(self) -> int: ...
-    @property
-    def ignore_index(self) -> int: ...
-    @property
-    def clip_values(self) -> tuple[float, float]: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def traits(self) -> Traits: ...
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) -> logits (N, nb_classes, H, W), differentiable."""
-
-    def conditions(
-        self,
-        *,
-        images: Sequence[int] | None = None,
-        draw: int | None = None,
-        straight_through: bool = False,
-        undefended: bool = False,
-    ) -> AbstractContextManager[None]:
-        """The conditions under which a defended model runs inside a `with`."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from attacks.problem import Victim
+    from attacks.interfaces import Victim
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from attacks.art_style import Array, PatchAttack
 from attacks.criteria import off_label, on_target
+from attacks.interfaces import Victim
 from attacks.optimize import Result, observed_traits, reference_map
 from attacks.options import PatchOptions
 from attacks.patch import Patch
-from attacks.problem import Problem, Spent, Victim
+from attacks.problem import Problem, Spent
 from attacks.steps import SCHEDULES, Seen, State
 from attacks.streams import stream
 from ramdefense.checks import check_images

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaluation.datasets import Frame, SegmentationData, load_data
+    from evaluation.datasets import load_data
     from evaluation.experiment import evaluate
+    from evaluation.frames import Frame, SegmentationData
     from evaluation.models import load_model, zoo
     from evaluation.results import Results
     from evaluation.scenes import StreetScenes
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["Frame", "Results", "SegmentationData", "StreetScenes", "evaluate", "load_data", "load_model", "zoo"]
 
 _HOME = {
-    **dict.fromkeys(("Frame", "SegmentationData", "load_data"), "datasets"),
+    **dict.fromkeys(("Frame", "SegmentationData"), "frames"),
     **dict.fromkeys(("load_model", "zoo"), "models"),
     "Results": "results",
     "StreetScenes": "scenes",
     "evaluate": "experiment",
+    "load_data": "datasets",
 }
 
 

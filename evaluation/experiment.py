@@ -23,10 +23,11 @@ import numpy as np
 
 from evaluation.changes import Changes
 from evaluation.contact import check_promises, costs_of, generate, mask_of, takes, target_map
-from evaluation.datasets import IGNORE_INDEX, SegmentationData, load_data, stack
+from evaluation.datasets import load_data, stack
 from evaluation.figures import Panel, save_figure
 from evaluation.files import write_whole
 from evaluation.fingerprints import data_fingerprint, identity, model_fingerprint, plain_value, versions_of
+from evaluation.frames import IGNORE_INDEX, SegmentationData
 from evaluation.given import (
     AttackFactory,
     DefenceFunction,

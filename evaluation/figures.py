@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluation.datasets import IGNORE_INDEX
+from evaluation.frames import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

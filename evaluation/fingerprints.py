@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from evaluation.datasets import SegmentationData
+from evaluation.frames import SegmentationData
 from ramdefense.segmenter import PyTorchSegmenter
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from attacks.catalogue import attacks as attack_catalogue
 from attacks.catalogue import entry as attack_entry
-from evaluation.datasets import IGNORE_INDEX, SegmentationData
+from evaluation.frames import IGNORE_INDEX, SegmentationData
 from evaluation.store import NONE
 from ramdefense.defences import defence as defence_by_name
 from ramdefense.segmenter import PyTorchSegmenter

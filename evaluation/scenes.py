@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from evaluation.datasets import CAMVID_CLASSES, CAMVID_COLORS, IGNORE_INDEX, Frame
+from evaluation.frames import CAMVID_CLASSES, CAMVID_COLORS, IGNORE_INDEX, Frame
 
 SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(11)
 #: Contrast of the fine (pixel) and coarse (3 × 3 pixels) texture of each class.

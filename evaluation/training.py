@@ -18,7 +18,8 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.datasets import IGNORE_INDEX, SegmentationData, load_data, stack
+from evaluation.datasets import load_data, stack
+from evaluation.frames import IGNORE_INDEX, SegmentationData
 from evaluation.metrics import confusion, counted_pixels, mean_iou, merge, pixel_accuracy
 from evaluation.networks import build_network
 from ramdefense.outputs import logits_of

@@ -23,10 +23,11 @@ from attacks.streams import stream
 from attacks.universal import UniversalPatchAttack
 from evaluation.changes import Changes
 from evaluation.contact import takes, target_map
-from evaluation.datasets import Frame, SegmentationData, load_data
+from evaluation.datasets import load_data
 from evaluation.experiment import CHUNK, evaluate
 from evaluation.files import write_whole
 from evaluation.fingerprints import data_fingerprint, identity
+from evaluation.frames import Frame, SegmentationData
 from evaluation.given import AttackFactory, chosen_images, named_attacks, named_segmenters
 from evaluation.metrics import Region
 from evaluation.results import Results, Skipped

@@ -17,7 +17,7 @@ from attacks import FixedClass, Patch, PatchAttack, PermuteAttack, StripAttack
 from attacks.ensemble import DRAWS, UNSEEN, WorstCaseAttack, ensemble
 from attacks.optimize import Result
 from evaluation import evaluate
-from evaluation.datasets import Frame
+from evaluation.frames import Frame
 from ramdefense.segmenter import PyTorchSegmenter
 from ramdefense.traits import Conditions, Traits
 

@@ -20,8 +20,8 @@ from attacks.catalogue import attacks as attack_catalogue
 from attacks.catalogue import register_attack
 from attacks.patch import Patch
 from evaluation import experiment
-from evaluation.datasets import IGNORE_INDEX, Frame
 from evaluation.experiment import evaluate
+from evaluation.frames import IGNORE_INDEX, Frame
 from evaluation.results import Record, Results, worst
 from ramdefense import defences as defence_module
 from ramdefense.defences import register_defence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluation.datasets import IGNORE_INDEX, SegmentationData
+from evaluation.frames import IGNORE_INDEX, SegmentationData
 from evaluation.scenes import StreetScenes
 
 SKY, ROAD, CAR = 0, 3, 8

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluation.datasets import IGNORE_INDEX, load_data
+from evaluation.datasets import load_data
+from evaluation.frames import IGNORE_INDEX
 from evaluation.models import load_model
 from evaluation.training import Recipe, _Augment, save, score, train
 

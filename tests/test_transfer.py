@@ -22,7 +22,7 @@ from attacks.universal import UniversalPatchAttack
 from evaluation import evaluate, experiment
 from evaluation import transfer as module
 from evaluation.cli import app
-from evaluation.datasets import IGNORE_INDEX, Frame
+from evaluation.frames import IGNORE_INDEX, Frame
 from evaluation.transfer import NO_PATCH, Transfer, transfer, universal
 from ramdefense import defences
 from ramdefense.segmenter import PyTorchSegmenter
