@@ -110,19 +110,22 @@ def as_sentences(frame: pd.DataFrame) -> Iterator[str]:
 def means(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """For each defence the mean over the attacks: one row each, every figure the plain mean of theirs.
 
-    Attacks that do not apply are left out, under every defence alike, so that the means are over the same ones. With
-    fewer attacks than three there is nothing to average: no rows.
+    Only attacks that were measured under every defence count, so that the means are over the same ones; a defence under
+    which there is none at all, since it does not apply to the model, is left out. With fewer attacks than three there
+    is nothing to average: no rows.
     """
-    rows = list(rows)
-    missing = {row["attack"] for row in rows if row["note"] or math.isnan(row["success"])}
-    frame = pd.DataFrame([dict(row) for row in rows if row["attack"] not in missing])
+    measured = pd.DataFrame([dict(row) for row in rows if not row["note"] and not math.isnan(row["success"])])
     found: list[dict[str, Any]] = []
-    if frame.empty or frame["attack"].nunique() < _MANY:
+    if measured.empty:
         return found
-    for defence, of_defence in frame.groupby("defence", sort=False):
+    met = measured.groupby("attack")["defence"].nunique()
+    measured = measured[measured["attack"].isin(met[met == measured["defence"].nunique()].index)]
+    if measured["attack"].nunique() < _MANY:
+        return found
+    for defence, of_defence in measured.groupby("defence", sort=False):
         figures = {str(name): float(value) for name, value in of_defence.mean(numeric_only=True).items()}
         named = {"attack": f"mean of {len(of_defence)}", "defence": str(defence), "note": ""}
-        found.append({**dict.fromkeys(map(str, frame.columns), math.nan), **figures, **named})
+        found.append({**dict.fromkeys(map(str, measured.columns), math.nan), **figures, **named})
     return found
 
 
@@ -154,13 +157,20 @@ def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _groups(frame: pd.DataFrame) -> list[list[dict[str, Any]]]:
-    """Rows whose success rates may be averaged: of attacks that may change the same and that all aim, or all do not."""
+    """Rows whose success rates may be averaged: of attacks that may change the same and that all aim, or all do not.
+
+    A defence that does not apply to the model has none.
+    """
     from attacks.catalogue import attacks
 
     known = attacks()
     groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
-    aims = {row["attack"] for row in _rows(frame) if not math.isnan(row["target_miou"])}
-    for row in _rows(frame):
+    rows = _rows(frame)
+    aims = {row["attack"] for row in rows if not math.isnan(row["target_miou"])}
+    applicable = {row["defence"] for row in rows if not row["note"]}
+    for row in rows:
+        if row["defence"] not in applicable:
+            continue
         name = split_name(row["attack"])[0]
         threat = known[name].threat if name in known else ""
         groups.setdefault((threat, row["attack"] in aims), []).append(row)
@@ -245,7 +255,8 @@ def _took(rows: Sequence[Row]) -> str:
 
 def _clean(rows: Sequence[Row]) -> str:
     """Clean mIoU under each defence, which no attack changes."""
-    found = {row["defence"]: percent(row["clean_miou"]) for row in rows if not row["note"]}
+    found = dict.fromkeys((row["defence"] for row in rows), "n/a")
+    found |= {row["defence"]: percent(row["clean_miou"]) for row in rows if not row["note"]}
     return f" (clean mIoU: {', '.join(f'{name} {value}' for name, value in found.items())})"
 
 

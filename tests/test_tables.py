@@ -86,7 +86,9 @@ def test_a_mean_is_over_the_same_attacks_under_every_defence() -> None:
     rows = MANY[MANY["attack"].isin(["strip", "apgd", "dag"])].to_dict("records")
     extra = [dict(rows[0], attack="attention-fool", success=0.9), dict(rows[3], attack="attention-fool", success=NAN)]
     extra[1]["note"] = "no attention"
-    for of_all in (means(rows), means(rows + extra)):
+    unfinished = [dict(rows[0], attack="attention-fool", success=0.9)]
+    inapplicable = [dict(row, defence="crf", success=NAN, note="no attention") for row in rows[:3]]
+    for of_all in (means(rows), means(rows + extra), means(rows + unfinished), means(rows + inapplicable)):
         assert [(row["attack"], row["defence"]) for row in of_all] == [("mean of 3", "none"), ("mean of 3", "ram")]
         assert [row["success"] for row in of_all] == pytest.approx([0.4, 0.15])
     assert means(rows[:2]) == [], "two are too few"
@@ -95,3 +97,12 @@ def test_a_mean_is_over_the_same_attacks_under_every_defence() -> None:
 
 def test_percent() -> None:
     assert [percent(value) for value in (0.1234, 1.0, NAN, None)] == ["12.3", "100.0", "—", "—"]
+
+
+def test_a_defence_that_does_not_apply_is_said_once() -> None:
+    rows = MANY.to_dict("records")
+    frame = pd.DataFrame([dict(row, note="no attention") if row["defence"] == "ram" else row for row in rows])
+    assert as_markdown(frame).splitlines()[0] == "**vit** (clean mIoU: none 50.0, ram n/a)"
+    for text in (as_markdown(frame), on_paper(frame)):
+        assert text.count("ram") == 1
+        assert text.count("mean of 3") == 1
