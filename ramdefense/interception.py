@@ -207,6 +207,16 @@ _UNFOLDED = types.FunctionType(
 _UNFOLDED.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
+def _in_memory_order(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Query, key and value with their elements in order; what was one tensor stays one.
+
+    `nn.MultiheadAttention(batch_first=True)` hands over transposed views, of which a linear layer makes a product with
+    one copy of its weights for each image, several times slower.
+    """
+    ordered: dict[int, Tensor] = {}
+    return tuple(ordered.setdefault(id(arg), arg.contiguous()) if i < 3 else arg for i, arg in enumerate(args))
+
+
 def _read_multi_head(mode: Watch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # unfolded here, it is no longer seen as a whole by the watches below, which have to call it by the same name
     watches = [mode, *(below for below in _get_current_function_mode_stack() if isinstance(below, Watch))]
@@ -215,7 +225,7 @@ def _read_multi_head(mode: Watch, func: Callable[..., Any], args: tuple[Any, ...
         for watch in watches:
             watch._inside = MULTI_HEAD
         with mode:
-            return _UNFOLDED(*args, **kwargs)
+            return _UNFOLDED(*_in_memory_order(args), **kwargs)
     finally:
         for watch, inside in zip(watches, outer, strict=True):
             watch._inside = inside
