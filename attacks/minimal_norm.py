@@ -36,7 +36,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from attacks.criteria import off_label, on_target
 from attacks.interfaces import Victim
-from attacks.objectives import OBJECTIVES
+from attacks.objectives import OBJECTIVES, pixel_margin
 from attacks.optimize import Result, observed_traits, reference_map
 from attacks.options import AttackOptions
 from attacks.problem import Problem, Spent
@@ -277,7 +277,7 @@ class _Penalty:
     seen: list[Tensor] = field(default_factory=list)
 
     def __call__(self, logits: Tensor, reference: Tensor, counted: Tensor, progress: float) -> Tensor:
-        margins = _margins(logits.where(counted[:, None], 0.0), reference.where(counted, 0), self.targeted)
+        margins = pixel_margin(logits.where(counted[:, None], 0.0), reference.where(counted, 0), self.targeted)
         constraints = margins.detach() / self.scale
         pulled = _easiest(constraints, counted, self.share)
         weights = (self.multipliers + _RHO * constraints).clamp(0, _LARGEST).where(pulled, 0.0)
@@ -289,13 +289,6 @@ class _Penalty:
         come_to = torch.stack(self.seen).mean(0)
         multipliers = _MEMORY * self.multipliers + (1 - _MEMORY) * come_to
         return replace(self, share=share, multipliers=multipliers, seen=[])
-
-
-def _margins(logits: Tensor, reference: Tensor, targeted: bool) -> Tensor:
-    """How far each pixel is from being won, in logits; below 0: it is. (N, H, W)."""
-    own = logits.gather(1, reference[:, None])[:, 0]
-    other = logits.scatter(1, reference[:, None], -torch.inf).amax(1)
-    return other - own if targeted else own - other
 
 
 def _easiest(constraints: Tensor, counted: Tensor, share: float) -> Tensor:

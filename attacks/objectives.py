@@ -56,7 +56,7 @@ def margin(targeted: bool) -> Objective:
 
     @_summed
     def objective(logits: Tensor, reference: Tensor, counted: Tensor, progress: float) -> Tensor:
-        return _margin(logits, reference, targeted)
+        return pixel_margin(logits, reference, targeted)
 
     return objective
 
@@ -81,7 +81,7 @@ def dag(targeted: bool) -> Objective:
 
     @_summed
     def objective(logits: Tensor, reference: Tensor, counted: Tensor, progress: float) -> Tensor:
-        return _margin(logits, reference, targeted).where(_left(logits, reference, targeted), 0.0)
+        return pixel_margin(logits, reference, targeted).where(_left(logits, reference, targeted), 0.0)
 
     return objective
 
@@ -237,7 +237,7 @@ def _cross_entropy(logits: Tensor, reference: Tensor, targeted: bool) -> Tensor:
     return loss if targeted else math.log(logits.shape[1]) - loss
 
 
-def _margin(logits: Tensor, reference: Tensor, targeted: bool) -> Tensor:
+def pixel_margin(logits: Tensor, reference: Tensor, targeted: bool) -> Tensor:
     """How far each pixel is from being won, in logits: (N, H, W)."""
     other = logits.scatter(1, reference[:, None], -torch.inf).amax(1)
     own = _of_reference(logits, reference)
