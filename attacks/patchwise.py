@@ -129,10 +129,10 @@ PATCH_ATTACKS: Mapping[str, Preset] = MappingProxyType(
             ),
             Preset(
                 "ipatch",
-                "A patch here that makes class 0 of the image's upper left quarter.",
+                "A patch here that makes one absent class of the image's upper left quarter.",
                 IPATCH,
                 "patch",
-                {"target": Region(0), "eot": EOT(samples=2, rotation=0.0, scale=(1.0, 1.0), translation=0.2)},
+                {"target": Region(), "eot": EOT(samples=2, rotation=0.0, scale=(1.0, 1.0), translation=0.2)},
             ),
             Preset(
                 "attention-fool",

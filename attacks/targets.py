@@ -102,8 +102,7 @@ class Strip:
             raise ValueError(f"An image {width} pixels wide cannot hold {self.bands} bands; use fewer `bands`.")
         classes = []
         for row, image in zip(present, stream_numbers(images, len(labels)), strict=True):
-            candidates = (~row).nonzero()[:, 0] if not row.all() else torch.arange(nb_classes)
-            shuffled = candidates[torch.randperm(len(candidates), generator=stream(self.seed, "strip", image))]
+            shuffled = _absent(row, stream(self.seed, "strip", image))
             classes.append(shuffled[torch.arange(self.bands) % len(shuffled)])
         band = torch.arange(width) * self.bands // width
         columns = torch.stack(classes)[:, band].to(labels.device)  # (N, W)
@@ -151,12 +150,14 @@ class Region:
     "IPatch: A Remote Adversarial Patch", 2021).
 
     Args:
-        index: The class, in [0, nb_classes).
+        index: The class, in [0, nb_classes); None: for each image one drawn at random, absent from it where possible.
         box: (top, left, bottom, right) as fractions of the image's height and width.
+        seed: Seed of the classes that are drawn; each image has a stream of its own.
     """
 
-    index: int
+    index: int | None = None
     box: tuple[float, float, float, float] = (0.0, 0.0, 0.5, 0.5)
+    seed: int = 0
     targeted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -170,13 +171,20 @@ class Region:
         self, labels: Tensor, *, nb_classes: int, ignore_index: int = 255, images: Sequence[int] | None = None
     ) -> Tensor:
         """As `FixedClass.__call__`; void outside the rectangle."""
+        present = _present(labels, nb_classes, ignore_index)
         inside = torch.full_like(labels, ignore_index)
         height, width = labels.shape[-2:]
         top, bottom = round(self.box[0] * height), round(self.box[2] * height)
         left, right = round(self.box[1] * width), round(self.box[3] * width)
         inside[:, top:bottom, left:right] = labels[:, top:bottom, left:right]
-        _present(labels, nb_classes, ignore_index)
-        return FixedClass(self.index)(inside, nb_classes=nb_classes, ignore_index=ignore_index, images=images)
+        if self.index is not None:
+            return FixedClass(self.index)(inside, nb_classes=nb_classes, ignore_index=ignore_index)
+        drawn = [
+            _absent(row, stream(self.seed, "region", image))[0]
+            for row, image in zip(present, stream_numbers(images, len(labels)), strict=True)
+        ]
+        classes = torch.stack(drawn).to(labels.device)[:, None, None]
+        return torch.where(inside == ignore_index, inside, classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,6 +257,12 @@ def _present(labels: Tensor, nb_classes: int, ignore_index: int) -> Tensor:
     slots = torch.where(counted, labels, nb_classes).flatten(1)
     seen = torch.zeros(len(labels), nb_classes + 1, dtype=torch.bool, device=labels.device)
     return seen.scatter_(1, slots, True)[:, :nb_classes].cpu()
+
+
+def _absent(present: Tensor, generator: torch.Generator) -> Tensor:
+    """The classes that an image does not hold, or all where it holds every one, shuffled."""
+    candidates = (~present).nonzero()[:, 0] if not present.all() else torch.arange(len(present))
+    return candidates[torch.randperm(len(candidates), generator=generator)]
 
 
 def _one_to_one(present: Tensor, generator: torch.Generator) -> Tensor:

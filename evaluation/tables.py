@@ -29,17 +29,17 @@ _BY_ATTACK = (
     ("success", "\nworst", 5), ("success_drop", "\ngain", 6),
 )  # fmt: skip
 _BY_MODEL = (
-    ("plain_success", "fooled\nplain", 6), ("adaptive_success", "\nadapt", 5), ("transfer_success", "\ntrans", 5),
-    ("success", "\nworst", 5), ("success_drop", "\ngain", 6), ("forwards", "cost\nforw.", 5),
-    ("backwards", "\nbackw.", 6), ("seconds", "\ns", 4),
+    ("clean_success", "fooled\nnone", 6), ("plain_success", "\nplain", 5), ("adaptive_success", "\nadapt", 5),
+    ("transfer_success", "\ntrans", 5), ("success", "\nworst", 5), ("success_drop", "\ngain", 6),
+    ("forwards", "cost\nforw.", 5), ("seconds", "\ns", 4),
 )  # fmt: skip
 _MARKDOWN = (
     "clean_miou", "clean_success", "plain_success", "adaptive_success", "transfer_success", "success", "target_miou",
     "adversarial_miou",
 )  # fmt: skip
 _MARKDOWN_BY_MODEL = (
-    "plain_success", "adaptive_success", "transfer_success", "success", "success_drop", "steps", "forwards",
-    "backwards", "seconds",
+    "clean_success", "plain_success", "adaptive_success", "transfer_success", "success", "success_drop",
+    "steps", "forwards", "backwards", "seconds",
 )  # fmt: skip
 _COSTS = ("steps", "forwards", "backwards", "seconds")
 
@@ -281,11 +281,11 @@ def _caption(frame: pd.DataFrame, turned: bool) -> list[str]:
         "  (For an attack without a target: pixels predicted wrong / pixels.)"
         if any(math.isnan(row["target_miou"]) for row in rows)
         else "",
-        f"  {'' if turned else 'none: no attack. '}plain: the attack does not know the defence." if defended else "",
+        "  none: no attack. plain: the attack does not know the defence." if defended else "",
         "  adapt: adaptive, it does. trans: transfer, its patch was made on the undefended model." if defended else "",
         "  worst: the strongest of these on each image. gain: ▼ fewer pixels fooled than without defence."
         if defended
         else "",
-        "cost: forward and backward passes and seconds for each image, over all of these." if turned else "",
+        "cost: forward passes and seconds for each image, over all of these." if turned else "",
     ]
     return [line for line in lines if line]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attacks.targets import FixedClass, Permute, Strip, Target, TargetMap, Untargeted
+from attacks.targets import FixedClass, Permute, Region, Strip, Target, TargetMap, Untargeted
 
 VOID = 255
 
@@ -86,7 +86,7 @@ def test_strip_where_every_class_is_present_draws_from_all_of_them() -> None:
     assert seen == {0, 1, 2}
 
 
-@given(label_maps(), st.sampled_from([Permute(3), Strip(seed=3)]), st.randoms())
+@given(label_maps(), st.sampled_from([Permute(3), Strip(seed=3), Region(seed=3)]), st.randoms())
 def test_the_target_of_an_image_depends_on_its_stream_and_not_on_its_company(
     maps: tuple[Tensor, int], target: Target, random: object
 ) -> None:
@@ -103,11 +103,28 @@ def test_the_target_of_an_image_depends_on_its_stream_and_not_on_its_company(
 
 def test_images_and_seeds_have_targets_of_their_own() -> None:
     labels = torch.zeros(1, 4, 8, dtype=torch.int64)
-    for make in (Permute, lambda seed: Strip(seed=seed)):
+    for make in (Permute, lambda seed: Strip(seed=seed), lambda seed: Region(seed=seed)):
         by_image = {tuple(make(0)(labels, nb_classes=40, images=[i]).flatten().tolist()) for i in range(8)}
         by_seed = {tuple(make(seed)(labels, nb_classes=40).flatten().tolist()) for seed in range(8)}
         assert len(by_image) > 4
         assert len(by_seed) > 4
+
+
+@given(label_maps(), st.integers(0, 10))
+def test_a_region_becomes_one_absent_class_and_nothing_else_counts(maps: tuple[Tensor, int], seed: int) -> None:
+    labels, classes = maps
+    box = (0.5, 0.0, 1.0, 0.25)
+    top, right = round(0.5 * labels.shape[1]), round(0.25 * labels.shape[2])
+    targets = Region(box=box, seed=seed)(labels, nb_classes=classes)
+    for label, target in zip(labels, targets, strict=True):
+        inside, held = target[top:, :right], set(label.unique().tolist()) - {VOID}
+        assert torch.equal(inside == VOID, label[top:, :right] == VOID)
+        assert (target == VOID).sum() == target.numel() - (inside != VOID).sum(), "void outside"
+        drawn = set(inside.unique().tolist()) - {VOID}
+        assert len(drawn) <= 1
+        assert not drawn & held or len(held) == classes
+    named = Region(0, box)(labels, nb_classes=classes)
+    assert torch.equal(named, torch.where(targets == VOID, targets, 0))
 
 
 def test_the_simple_targets() -> None:
@@ -123,7 +140,10 @@ def test_the_simple_targets() -> None:
 
 @pytest.mark.parametrize(
     "target",
-    [Permute(), Strip(bands=2), Untargeted(), FixedClass(0), TargetMap(np.zeros((2, 2), dtype=np.int64))],
+    [
+        *(Permute(), Strip(bands=2), Untargeted(), FixedClass(0), Region(), Region(1)),
+        TargetMap(np.zeros((2, 2), dtype=np.int64)),
+    ],
     ids=lambda target: type(target).__name__,
 )
 def test_labels_are_checked_and_stay_as_they_are(target: Target) -> None:
@@ -147,6 +167,10 @@ def test_errors() -> None:
     labels = torch.zeros(2, 4, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="classes are 0 to 3"):
         FixedClass(4)(labels, nb_classes=4)
+    with pytest.raises(ValueError, match="classes are 0 to 3"):
+        Region(4)(labels, nb_classes=4)
+    with pytest.raises(ValueError, match="fractions of the image in that order"):
+        Region(box=(0.5, 0.0, 0.2, 1.0))
     with pytest.raises(ValueError, match="3 stream numbers for 2 images"):
         Permute()(labels, nb_classes=4, images=[0, 1, 2])
     with pytest.raises(ValueError, match="at least 1"):
