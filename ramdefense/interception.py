@@ -459,9 +459,8 @@ class _Probe(Watch):
         kwargs = kwargs or {}
         if func in _WATCHED:
             return super().__torch_function__(func, types, args, kwargs)
-        traced = [
-            (value, self._traces[value]) for value in _tensors((*args, *kwargs.values())) if value in self._traces
-        ]
+        given = {id(value): value for value in _tensors((*args, *kwargs.values()))}  # once, though given twice: out=
+        traced = [(value, self._traces[value]) for value in given.values() if value in self._traces]
         output = func(*args, **kwargs)
         name = getattr(func, "__name__", "").split(".")[0]
         name = name if name.startswith("__") else name.rstrip("_")  # masked_fill_ is masked_fill

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import SHAPE, tiny_attention
 from torch import Tensor, nn
 
 from ramdefense.interception import attention_sites
@@ -599,3 +600,14 @@ def test_a_bad_example_is_named(example: Any) -> None:
 def test_only_modules_have_sites() -> None:
     with pytest.raises(TypeError, match=r"function.*torch\.nn\.Module"):
         attention_sites(lambda x: x, (3, 8, 8))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suppression", ["clamp", "cap", "temperature", "scale"])
+def test_a_hardened_model_has_the_sites_of_the_plain_one(suppression: str) -> None:
+    """The probe sees RAM's own mathematics, which works in place, and takes none of it for attention."""
+    plain = tiny_attention()
+    robust = harden(plain, example=SHAPE, max_attention="1.001/N", suppression=suppression, dropout=0.3)
+    seen = [attention_sites(model, SHAPE) for model in (plain, robust)]
+    assert [(site.queries, site.keys, site.heads) for site in seen[0]] == [
+        (site.queries, site.keys, site.heads) for site in seen[1]
+    ]
