@@ -116,7 +116,7 @@ def evaluate(
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
         if not any(takes(factory, name) for factory in factories.values()):
-            raise ValueError(f"option {name!r}: none of the attacks ({', '.join(factories)}) has it")
+            raise ValueError(f"option {name!r}: none of the attacks ({', '.join(factories)}) has it, or leaves it open")
     frames = load_data(data, size=size) if isinstance(data, str) else data
     indices = chosen_images(images, len(frames))
     segmenters = named_segmenters(models, frames, indices[0], device_type)

@@ -401,7 +401,7 @@ def _factory(name: str, factory: AttackFactory, options: Mapping[str, Any]) -> C
     always = ("seed", "batch_size", "verbose")
     unknown = [option for option in options if not takes(factory, option) and option not in always]
     if unknown:
-        raise ValueError(f"option {unknown[0]!r}: attack {name!r} does not have it")
+        raise ValueError(f"option {unknown[0]!r}: attack {name!r} does not have it, or sets it itself")
     return functools.partial(factory, **{option: value for option, value in options.items() if takes(factory, option)})
 
 
