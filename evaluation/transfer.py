@@ -7,6 +7,7 @@ by `evaluate`: the same pixels, the same target, the same draws.
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -221,17 +222,23 @@ class Transfer:
     def table(self) -> Group:
         """The matrix for the screen (``rich``), in percent."""
         matrix = self.matrix()
+        shared = _shared_start(list(matrix.columns))
         caption = (
             "% of the pixels fooled; low is robust. Row: the model that the patch was made\n"
             "on. Column: the one that it is tested on. Bold: the same.\n"
             f"{NO_PATCH}: on target, or wrong where there is no target, without any attack."
         )
         rows = [
-            (str(made_on), [_percent(value, bold=made_on == tested_on) for tested_on, value in cells.items()])
+            (
+                str(made_on).replace(shared, ""),
+                [_percent(value, bold=made_on == tested_on) for tested_on, value in cells.items()],
+            )
             for made_on, cells in matrix.iterrows()
         ]
         notes = [f"{s.attack or s.defence} does not apply to {s.model}: {s.reason}" for s in self.skipped]
-        return _table(f"attack: {self.attack}", "made on", list(matrix.columns), rows, "\n".join([caption, *notes]))
+        title = f"attack: {self.attack}" + (f", models: {shared}…" if shared else "")
+        columns = [name.removeprefix(shared) for name in matrix.columns]
+        return _table(title, "made on", columns, rows, "\n".join([caption, *notes]))
 
     def to_csv(self, path: str | Path) -> None:
         """Write ``frame`` as CSV."""
@@ -403,6 +410,13 @@ def _factory(name: str, factory: AttackFactory, options: Mapping[str, Any]) -> C
     if unknown:
         raise ValueError(f"option {unknown[0]!r}: attack {name!r} does not have it, or sets it itself")
     return functools.partial(factory, **{option: value for option, value in options.items() if takes(factory, option)})
+
+
+def _shared_start(names: Sequence[str]) -> str:
+    """What all names begin with, up to a separator: said once, it leaves room for what tells them apart."""
+    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    shared = "".join(letters[0] for letters in alike) if len(names) > 1 else ""
+    return shared[: max(shared.rfind(separator) for separator in ":-/") + 1]
 
 
 def _percent(value: float, *, bold: bool = False) -> str:

@@ -416,3 +416,11 @@ def test_the_command_universal(here: Path) -> None:
                 "--size", "32x48")  # fmt: skip
     assert same.exit_code == 2
     assert "3 of 3 test frames are among the train frames" in same.stderr
+
+
+def test_what_all_names_share_is_said_once() -> None:
+    models = {f"zoo:camvid-{name}": model for name, model in believers().items()}
+    text = shown(transfer(models, {"paint": Painter}, Frames(), verbose=False))
+    assert text.count("zoo:camvid-") == 1
+    assert "made on" in text
+    assert text.split("no patch")[0].split()[-4:-1] == ["red", "green", "both"]
