@@ -7,7 +7,7 @@ one table for each model with the attacks down its side, and their mean, since t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -77,8 +77,8 @@ def as_markdown(frame: pd.DataFrame) -> str:
     for model, of_model in frame.groupby("model", sort=False):
         headings = ["attack", "defence", *(name.replace("_", " ") for name in _MARKDOWN_BY_MODEL)]
         cells = [
-            [row["attack"], _defence(row), *(_number(name, row[name]) for name in _MARKDOWN_BY_MODEL)]
-            for group in _groups(of_model)
+            [row["attack"], _defence(row), *(_number(name, _shown(row)[name]) for name in _MARKDOWN_BY_MODEL)]
+            for group in _groups(of_model, _aiming(frame))
             for row in (*group, *means(group))
         ]
         parts.append(f"**{model}**{_clean(_rows(of_model))}\n\n{_markdown(headings, cells, left=2)}")
@@ -156,7 +156,12 @@ def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 
-def _groups(frame: pd.DataFrame) -> list[list[dict[str, Any]]]:
+def _aiming(frame: pd.DataFrame) -> set[str]:
+    """The attacks that have a target."""
+    return {row["attack"] for row in _rows(frame) if not math.isnan(row["target_miou"])}
+
+
+def _groups(frame: pd.DataFrame, aiming: Set[str]) -> list[list[dict[str, Any]]]:
     """Rows whose success rates may be averaged: of attacks that may change the same and that all aim, or all do not.
 
     A defence that does not apply to the model has none.
@@ -166,14 +171,13 @@ def _groups(frame: pd.DataFrame) -> list[list[dict[str, Any]]]:
     known = attacks()
     groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     rows = _rows(frame)
-    aims = {row["attack"] for row in rows if not math.isnan(row["target_miou"])}
     applicable = {row["defence"] for row in rows if not row["note"]}
     for row in rows:
         if row["defence"] not in applicable:
             continue
         name = split_name(row["attack"])[0]
         threat = known[name].threat if name in known else ""
-        groups.setdefault((threat, row["attack"] in aims), []).append(row)
+        groups.setdefault((threat, row["attack"] in aiming), []).append(row)
     return list(groups.values())
 
 
@@ -210,7 +214,7 @@ def _tables_by_model(frame: pd.DataFrame) -> Iterator[Table]:
         table.add_column("defence", overflow="fold", min_width=4)
         for _, heading, width in _BY_MODEL:
             table.add_column(heading, justify="right", no_wrap=True, min_width=width)
-        for group in _groups(of_model):
+        for group in _groups(of_model, _aiming(frame)):
             shown = ""
             for row in (*group, *means(group)):
                 name, shown = ("" if row["attack"] == shown else row["attack"]), row["attack"]
@@ -234,6 +238,11 @@ def _cell(column: str, row: Row) -> str:
         return "n/a" if row["note"] else gain(row[column], row["defence"])
     text = _number(column, row[column])
     return f"[bold]{text}[/bold]" if column == "success" else text
+
+
+def _shown(row: Row) -> Row:
+    """The row as it is shown: no defence takes nothing off, rather than 0."""
+    return {**row, "success_drop": math.nan} if row["defence"] == "none" else row
 
 
 def _number(column: str, value: float) -> str:

@@ -106,3 +106,14 @@ def test_a_defence_that_does_not_apply_is_said_once() -> None:
     for text in (as_markdown(frame), on_paper(frame)):
         assert text.count("ram") == 1
         assert text.count("mean of 3") == 1
+
+
+def test_an_attack_that_does_not_apply_stands_among_its_like() -> None:
+    other = [
+        dict(row, model="cnn", success=NAN, target_miou=NAN, note="no attention") if row["attack"] == "dag" else
+        dict(row, model="cnn")
+        for row in MANY.to_dict("records")
+    ]  # fmt: skip
+    text = as_markdown(pd.concat([MANY, pd.DataFrame(other)])).split("**cnn**")[1]
+    attacks = [line.split("|")[1].strip() for line in text.splitlines()[4:]]
+    assert attacks[:6] == ["strip", "apgd", "dag", "strip", "apgd", "dag"]
