@@ -404,7 +404,8 @@ class Results:
             left_out += [LeftOut(reason, (int(image),)) for image, reason in header.get("unreadable", {}).items()]
             records += rows
         axes = {axis: list(configuration[f"{axis}s"]) for axis in _KEY}
-        seeds = configuration["seed"] if isinstance(configuration["seed"], list) else [configuration["seed"]]
+        seed = configuration.get("seed", 0)
+        seeds = seed if isinstance(seed, list) else [seed]
         records.sort(
             key=lambda r: (
                 *(_index(axes[axis], getattr(r, axis)) for axis in _KEY), _order(r.variant), _index(seeds, r.seed),

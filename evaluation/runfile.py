@@ -73,7 +73,8 @@ class RunFile(BaseModel):
         batch_size, region, max_iter, keep_going: as ``evaluation.evaluate``.
         seed: of the attacks, one or a list.
         out: folder of the run.
-        patch_shape: as ``size``. patch_location: ``[top, left]``, ``TOPxLEFT``, a name, or a list of places, one for each image.
+        patch_shape: as ``size``.
+        patch_location: ``[top, left]``, ``TOPxLEFT``, a name, or a list of places, one for each image.
         device: ``cpu`` or ``gpu``; none: a GPU where there is one.
         options: further options of the attacks, by name.
         plugins: modules or files that register attacks or defences.

@@ -77,7 +77,7 @@ def cells(folder: Path) -> dict[str, bytes]:
 
 COMMAND = (
     "evaluate", "--model", "my_model:attention", "--data", "scenes:3", "--size", "32x48", "--plugin", "plugin.py",
-    "--attack", "white-square", "--attack", "margin", "--defence", "ram:max_attention=3/N", "--images", "2",
+    "--attack", "white-square", "--attack", "margin", "--defence", "ram:max_attention=3/N", "--images", "1",
     "--patch-size", "5x6", "--patch-location", "3x7", "--max-iter", "2", "--option", "optimizer=adam",
     "--seed", "3", "--seed", "1", "--region", "everywhere", "--batch-size", "1", "--target", "4", "--device", "cpu",
 )  # fmt: skip
@@ -201,14 +201,19 @@ def test_what_is_no_run(tmp_path: Path, text: str, message: str) -> None:
 def test_one_thing_may_be_said_in_several_ways() -> None:
     for size in (40, "40", "40x40", "40×40", [40, 40]):
         assert RunFile.checked({**SMALL, "size": size}).size == (40, 40)
-    for place, meant in (("3x20", (3, 20)), ([3, 20], (3, 20)), ("upper_left", "upper_left"), ([[1, 2], [3, 4]], [(1, 2), (3, 4)])):
-        assert RunFile.checked({**SMALL, "patch_location": place}).patch_location == meant
+    places = {"3x20": (3, 20), "upper_left": "upper_left", (3, 20): (3, 20), ((1, 2), (3, 4)): [(1, 2), (3, 4)]}
+    for place, meant in places.items():
+        assert RunFile.checked({**SMALL, "patch_location": as_yaml(place)}).patch_location == meant
     for seed, several in ((3, [3]), ([3], [3]), ([3, 1], [3, 1])):
         assert RunFile.checked({**SMALL, "seed": seed}).seed == several
     for target in (5, "5"):
         assert RunFile.checked({**SMALL, "target": target}).arguments()["target"] == "5"
     run = RunFile.checked(SMALL)
     assert (run.models, run.attacks, run.defences) == (["tiny:x"], ["permute", "strip"], ["none", "ram"])
+
+
+def as_yaml(value: Any) -> Any:
+    return [as_yaml(one) for one in value] if isinstance(value, tuple) else value
 
 
 NAMES = st.text(min_size=1, max_size=8)

@@ -555,6 +555,36 @@ def test_a_cell_whose_attack_raises_is_left_out_until_it_does_not(
     assert files(out) == files(tmp_path / "whole")
 
 
+def test_figures_show_what_there_is_and_are_drawn_again_when_there_is_more(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[str]] = []
+
+    def draw(path: Path, panels: Sequence[Any], **rest: Any) -> None:
+        drawn.append([panel.title for panel in panels])
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+    def faulty_defended(target: PyTorchSegmenter, seed: int = 0) -> White:
+        return Faulty(target, seed) if target.model.bias.sum() == 0 else White(target, seed)
+
+    def zeroed(plain: PyTorchSegmenter) -> PyTorchSegmenter:
+        model = linear_cnn()
+        torch.nn.init.zeros_(model.bias)
+        return plain.with_model(model)
+
+    monkeypatch.setattr(experiment, "save_figure", draw)
+    rest: dict[str, Any] = {"images": [2], "seed": (0, 1), "keep_going": True, "out": tmp_path / "run"}
+    cut: dict[str, Any] = {"attacks": {"a": faulty_defended}, "defences": {"zeroed": zeroed, "same": same}}
+    for broken, titles in ((True, ["none", "zeroed", "same"]), (False, ["none", "zeroed", "same"])):
+        monkeypatch.setattr(Faulty, "broken", broken)
+        run(folder, **rest, **cut)
+        assert drawn == [titles] * 2, "the patch of the undefended model there is in both"
+        drawn.clear()
+    run(folder, **rest, **cut)
+    assert drawn == [], "nothing new to show"
+
+
 def test_what_failed_alike_is_told_once() -> None:
     cell = {"model": "m", "attack": "a", "defence": "none", "variant": "plain", "seed": 0}
     left_out = [LeftOut("no luck", (2 * i, 2 * i + 1), **cell) for i in range(40)]  # type: ignore[arg-type]
