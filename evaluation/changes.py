@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from evaluation.files import checksum, write_whole
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -63,17 +65,28 @@ class Changes:
         whole[box] = mask
         return adversarial, whole
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
+    def take(self, rows: Sequence[int]) -> Changes:
+        """Those of the images at these positions, in this order."""
+        chosen = list(rows)
+        return Changes(self.pixels[chosen], None if self.mask is None else self.mask[chosen], self.location)
 
-        path = Path(path)
-        half_written = path.with_name(f"{path.name}.{os.getpid()}.part")
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write a safetensors file, whole or not at all.
+
+        Returns:
+            Its checksum.
+
+        Raises:
+            OSError: it could not be written; the message says what to do.
+        """
+        from safetensors.torch import save
+
         tensors = {"pixels": torch.from_numpy(np.ascontiguousarray(self.pixels))}
         if self.mask is not None:
             tensors["mask"] = torch.from_numpy(np.ascontiguousarray(self.mask))
-        save_file(tensors, half_written, metadata={"location": json.dumps(self.location)})
-        half_written.replace(path)
+        content = save(tensors, metadata={"location": json.dumps(self.location)})
+        write_whole(Path(path), content)
+        return checksum(content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Changes:

@@ -17,8 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evaluation.sizes import pair as _pair
+from evaluation.sizes import place
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from evaluation.runfile import RunFile
 
 app = typer.Typer(
     name="ramdefense",
@@ -41,8 +46,15 @@ def main() -> None:
 
 @app.command()
 def evaluate(
-    model: Annotated[list[str], typer.Option(help="Model by name, see `ramdefense models`; may be repeated.")],
-    data: Annotated[str, typer.Option(help="scenes[:N], camvid:PATH[:SPLIT], folder:PATH, voc:PATH, cityscapes:PATH.")],
+    run_file: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A whole run as a file; options beside it overrule it.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model by name, see `ramdefense models`; may be repeated.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="scenes[:N], camvid:PATH[:SPLIT], folder:PATH, voc:PATH, cityscapes:PATH.")
+    ] = None,
     attack: Annotated[
         list[str] | None,
         typer.Option(help="See `ramdefense attacks`; or all, patch, pixel; repeatable. If none, permute and strip."),
@@ -62,48 +74,67 @@ def evaluate(
         list[str] | None, typer.Option(help="NAME=VALUE, a further option of the attacks; may be repeated.")
     ] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH that the data are resized to.")] = None,
-    region: Annotated[str, typer.Option(help="Which pixels count: outside the patch, or everywhere.")] = "outside",
-    batch_size: Annotated[int, typer.Option(help="Images worked on at once.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
+    region: Annotated[
+        str | None, typer.Option(help="Which pixels count: outside the patch (if not given), or everywhere.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images worked on at once; 8 if not given.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of the attacks; may be repeated. 0 if not given.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or gpu; a GPU where there is one, if not given.")] = None,
+    keep_going: Annotated[
+        bool,
+        typer.Option("--keep-going", help="Leave out what cannot be read or attacked, finish the rest, end with 1."),
+    ] = False,
     plugin: Plugins = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Attack models under defences and show the table."""
     with _user_errors():
-        _load_plugins(plugin)
-        options: dict[str, Any] = dict(_option(text) for text in option or [])
-        if target is not None:
-            options["target"] = target
-        if patch_location is not None:
-            corner = not patch_location[:1].isdigit()
-            options["patch_location"] = patch_location if corner else _pair(patch_location, "--patch-location")
         if device not in (None, "cpu", "gpu"):
             raise ValueError(f"--device {device}: cpu or gpu")
-        from evaluation.experiment import evaluate as run
+        given = {
+            "models": model,
+            "data": data,
+            "attacks": attack,
+            "target": target,
+            "defences": defence,
+            "images": images,
+            "size": None if size is None else _pair(size, "--size"),
+            "batch_size": batch_size,
+            "seed": seed,
+            "region": region,
+            "out": None if out is None else str(out),
+            "patch_shape": None if patch_size is None else _pair(patch_size, "--patch-size"),
+            "patch_location": None if patch_location is None else place(patch_location, "--patch-location"),
+            "max_iter": max_iter,
+            "device": device,
+            "options": dict(_option(text) for text in option or []),
+            "keep_going": keep_going or None,
+            "plugins": plugin,
+        }
+        run = _run_file(run_file, {name: value for name, value in given.items() if value not in (None, [])})
+        _load_plugins(run.plugins)
+        from evaluation.experiment import evaluate as measure
 
-        results = run(
-            model,
-            attack or ("permute", "strip"),
-            defence or ("none", "ram"),
-            data,
-            images=images,
-            size=None if size is None else _pair(size, "--size"),
-            batch_size=batch_size,
-            seed=seed,
-            region=region,  # type: ignore[arg-type]  # checked there
-            out=out,
-            verbose=not quiet,
-            patch_shape=None if patch_size is None else _pair(patch_size, "--patch-size"),
-            max_iter=max_iter,
-            device_type=device,
-            **options,
-        )
+        results = measure(**run.arguments(), verbose=not quiet, run_file=run.to_yaml())
     _show(results.table())
-    if out is not None:
-        _show(f"Rows, tables, patches and figures: {out}")
+    if run.out is not None:
+        _show(f"Rows, tables, patches and figures: {run.out}")
     if results.interrupted:
         raise typer.Exit(130)
+    if results.left_out:
+        raise typer.Exit(1)
+
+
+def _run_file(path: Path | None, given: dict[str, Any]) -> RunFile:
+    """The run of a file, or of no file, with what was given beside it."""
+    from evaluation.runfile import RunFile
+
+    held = {} if path is None else RunFile.read(path).model_dump()
+    missing = [option for option in ("models", "data") if option not in given | held]
+    if missing:
+        option = {"models": "--model", "data": "--data"}[missing[0]]
+        raise ValueError(f"no {missing[0]} given: {option}, or a RUN.yaml that has them")
+    return RunFile.checked({**held, **given, "options": {**held.get("options", {}), **given["options"]}})
 
 
 @app.command()
@@ -400,7 +431,7 @@ def _user_errors() -> Iterator[None]:
     """What the user can mend is one line and exit code 2; anything else is a bug and keeps its traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         from rich.console import Console
 
         console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -435,14 +466,6 @@ def _load_plugins(plugins: list[str] | None) -> None:
         spec.loader.exec_module(module)
 
 
-def _pair(text: str, name: str) -> tuple[int, int]:
-    """``"40x60"`` or ``"40"`` → ``(40, 60)`` or ``(40, 40)``."""
-    parts = text.lower().replace("×", "x").split("x")
-    if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"{name} {text}: two whole numbers, as in 40x60 (rows first), or one for both")
-    return int(parts[0]), int(parts[-1])
-
-
 def _attack_options(
     option: list[str] | None,
     target: str | None,
@@ -459,8 +482,7 @@ def _attack_options(
     if patch_size is not None:
         options["patch_shape"] = _pair(patch_size, "--patch-size")
     if patch_location is not None:
-        corner = not patch_location[:1].isdigit()
-        options["patch_location"] = patch_location if corner else _pair(patch_location, "--patch-location")
+        options["patch_location"] = place(patch_location, "--patch-location")
     return options
 
 

@@ -27,6 +27,23 @@ def default_colors(count: int) -> tuple[tuple[int, int, int], ...]:
     return tuple((int(r * 255), int(g * 255), int(b * 255)) for r, g, b, _ in (cmap(i) for i in range(count)))
 
 
+def _open(path: Path) -> Image.Image:
+    """An image, all of it read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read; the message names the file.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            return file.copy()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they meet in a damaged file
+        raise ValueError(f"{path} cannot be read as an image ({error}); replace it, or leave it out") from error
+
+
 def _read_frame(
     image_path: Path,
     label_path: Path,
@@ -34,12 +51,10 @@ def _read_frame(
     nb_classes: int,
     void: Callable[[np.ndarray], np.ndarray],
 ) -> Frame:
-    with Image.open(image_path) as file:
-        image = file.convert("RGB")
-    with Image.open(label_path) as file:
-        if file.mode not in ("L", "P", "I", "I;16"):
-            raise ValueError(f"{label_path}: a label map is an 8-bit index image, this one has mode {file.mode!r}")
-        label = file.copy()
+    image = _open(image_path).convert("RGB")
+    label = _open(label_path)
+    if label.mode not in ("L", "P", "I", "I;16"):
+        raise ValueError(f"{label_path}: a label map is an 8-bit index image, this one has mode {label.mode!r}")
     if label.size != image.size:
         raise ValueError(
             f"{label_path}: the label map is {label.size[0]}×{label.size[1]} and its image "
@@ -70,7 +85,8 @@ class FolderData:
 
     Raises:
         FileNotFoundError: no folder, no image in it, or an image without a label map.
-        ValueError: a map of another size than its image, or an index out of range; the message names the file.
+        ValueError: on access, a file that cannot be read, a map of another size than its image, or an index out of
+            range; the message names the file.
     """
 
     def __init__(
@@ -137,6 +153,10 @@ class TorchvisionData:
         classes: names of the classes, index 0 first.
         mapping: raw label → class index; labels that it lacks are void. ``None`` keeps the raw indices.
         size: ``(height, width)`` to resize to, or ``None``.
+
+    Raises:
+        ValueError: on access, a frame that cannot be read, or a map of another size than its image; the message names
+            the frame.
     """
 
     def __init__(
@@ -162,13 +182,29 @@ class TorchvisionData:
     def __getitem__(self, index: int) -> Frame:
         if not -len(self) <= index < len(self):
             raise IndexError(f"frame {index} of {len(self)}")
-        image, label = self.dataset[index]
-        image = image.convert("RGB")
+        try:
+            image, label = self.dataset[index]
+            image = image.convert("RGB")
+            label.load()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # as in `_open`
+            raise ValueError(f"{self._name(index)} cannot be read ({error}); replace it, or leave it out") from error
+        if label.size != image.size:
+            raise ValueError(
+                f"{self._name(index)}: the label map is {label.size[0]}×{label.size[1]} and its image "
+                f"{image.size[0]}×{image.size[1]} (width × height); they must be equal"
+            )
         if self.size is not None:
             image = image.resize((self.size[1], self.size[0]), Image.Resampling.BILINEAR)
             label = label.resize((self.size[1], self.size[0]), Image.Resampling.NEAREST)
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div_(255)
         return Frame(pixels, torch.from_numpy(self._lookup[np.asarray(label).astype(np.uint8)]), f"{index:05d}")
+
+    def _name(self, index: int) -> str:
+        """A frame as an error names it, with its file where the data set tells it."""
+        files = getattr(self.dataset, "images", None)
+        return f"frame {index} of {type(self.dataset).__name__}{f' ({files[index]})' if files else ''}"
 
 
 def _voc(root: str, split: str, size: tuple[int, int] | None) -> TorchvisionData:

@@ -12,9 +12,9 @@ none.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,30 +23,30 @@ import numpy as np
 
 from evaluation.changes import Changes
 from evaluation.contact import check_promises, costs_of, generate, mask_of, takes, target_map
-from evaluation.datasets import load_data, stack
+from evaluation.datasets import load_data
 from evaluation.figures import Panel, save_figure
 from evaluation.files import write_whole
-from evaluation.fingerprints import data_fingerprint, identity, model_fingerprint, plain_value, versions_of
-from evaluation.frames import IGNORE_INDEX, SegmentationData
+from evaluation.fingerprints import identity, model_fingerprint, plain_value, versions_of
+from evaluation.frames import SegmentationData
 from evaluation.given import (
     AttackFactory,
     DefenceFunction,
     chosen_images,
+    chosen_seeds,
     named_attacks,
     named_defences,
     named_segmenters,
 )
 from evaluation.metrics import REGIONS, Region, confusion, counted_pixels
-from evaluation.results import Record, Results, Skipped, worst
+from evaluation.progress import Tick, progress_bar
+from evaluation.results import LeftOut, Record, Results, Skipped, worst
 from evaluation.store import NONE, Cell, Store, file_name
-from ramdefense.checks import check_images, check_labels
+from evaluation.survey import Survey, first_readable, read_batch, reason, survey
 from ramdefense.segmenter import PyTorchSegmenter
 from ramdefense.traits import NotApplicableError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-Tick = Callable[[str, float], None]
 
 #: Images whose rows share a file: what an interrupted run loses at most. The rows do not depend on it.
 CHUNK = 16
@@ -64,13 +64,15 @@ def evaluate(
     images: int | Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
     batch_size: int = 8,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     region: Region = "outside",
     out: str | Path | None = None,
+    keep_going: bool = False,
     verbose: bool = True,
     patch_shape: tuple[int, int] | None = None,
     max_iter: int | None = None,
     device_type: str | None = None,
+    run_file: str | None = None,
     **attack_options: Any,
 ) -> Results:
     """Attack every model under every defence, and measure.
@@ -89,13 +91,17 @@ def evaluate(
             is the number of its random streams, so a row depends on neither the other images nor ``batch_size``.
         size: ``(height, width)`` that named data are resized to.
         batch_size: images worked on at once.
-        seed: of the attacks.
+        seed: of the attacks; several: every attack is made with each.
         region: where pixels count: ``"outside"`` the patch, or ``"everywhere"``.
-        out: folder of the run. Rows are written there as they are finished; the same call again goes on from there.
+        out: folder of the run. Rows are written there as they are finished; the same call again goes on from there,
+            also after a kill, and computes anew what is damaged, with a warning.
+        keep_going: leave out frames that cannot be read and cells whose attack raises, and finish the rest; both are
+            in ``Results.left_out``, and the same call again tries them again. Otherwise the first of them is raised.
         verbose: a progress bar with the time left, on standard error.
         patch_shape: ``(height, width)`` in pixels; ``None``: the attack's default.
         max_iter: steps of each attack; ``None``: the attack's default.
         device_type: ``"cpu"`` or ``"gpu"``, for models given by name; ``None``: a GPU where there is one.
+        run_file: text that would repeat the run (``evaluation.runfile``), kept in its folder as ``run.yaml``.
         attack_options: further options of the attacks; each goes to the attacks that have it.
 
     Returns:
@@ -103,13 +109,16 @@ def evaluate(
 
     Raises:
         ValueError: an unknown name, an option that no attack has, models and data of different classes, a folder that
-            holds another run, or an attack that breaks its promises (pixels outside its mask or the clip range).
+            holds another run, or a file of one, a frame that cannot be read, or an attack that breaks its promises
+            (pixels outside its mask or the clip range).
         FileNotFoundError: files that are not there.
+        OSError: a full disk, or a folder that cannot be written to; the message says what to do.
     """
     if region not in REGIONS:
         raise ValueError(f"region={region!r}: one of {', '.join(map(repr, REGIONS))}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
+    seeds = chosen_seeds(seed)
     factories = named_attacks(attacks)
     functions = named_defences(defences)
     given = {"patch_shape": patch_shape, "max_iter": max_iter, **attack_options}
@@ -119,7 +128,9 @@ def evaluate(
             raise ValueError(f"option {name!r}: none of the attacks ({', '.join(factories)}) has it, or leaves it open")
     frames = load_data(data, size=size) if isinstance(data, str) else data
     indices = chosen_images(images, len(frames))
-    segmenters = named_segmenters(models, frames, indices[0], device_type)
+    first = first_readable(frames, indices) if keep_going else indices[0]
+    segmenters = named_segmenters(models, frames, first, device_type)
+    surveyed = survey(frames, indices, keep_going=keep_going) if out or keep_going else Survey()
     configuration: dict[str, Any] = {
         "models": {name: model_fingerprint(segmenter) if out else "" for name, segmenter in segmenters.items()},
         "attacks": {name: identity(factory) for name, factory in factories.items()},
@@ -128,20 +139,22 @@ def evaluate(
             "name": data if isinstance(data, str) else type(data).__name__,
             "classes": list(frames.classes),
             "images": indices,
-            "fingerprint": data_fingerprint(frames, indices) if out else "",
+            "fingerprint": surveyed.fingerprint,
         },
         "options": {name: plain_value(value) for name, value in sorted(given.items())},
-        "seed": seed,
+        "seed": seeds if len(seeds) > 1 else seeds[0],
         "region": region,
         "versions": versions_of("ramdefense", "torch"),
     }
     store = Store(Path(out) if out is not None else None, frames.classes)
-    store.open(configuration, {"batch_size": batch_size, "device_type": device_type})
+    store.open(configuration, {"batch_size": batch_size, "device_type": device_type}, surveyed, run_file)
     results = Results([], frames.classes, [], configuration)
-    options = {**given, "seed": seed, "batch_size": batch_size, "verbose": False}
+    options = {**given, "batch_size": batch_size, "verbose": False}
     cells = len(segmenters) * len(factories) * (1 + (len(functions) - 1) * sum(_EFFORT.values()))
-    with _progress(verbose, cells * len(indices)) as tick:
-        run = _Run(frames, indices, factories, options, region, batch_size, store, tick, results)
+    with progress_bar(verbose, cells * len(indices) * len(seeds)) as tick:
+        run = _Run(
+            frames, indices, surveyed, factories, options, seeds, region, batch_size, keep_going, store, tick, results
+        )
         try:
             for name, segmenter in segmenters.items():
                 run.model(name, segmenter, functions)
@@ -182,13 +195,17 @@ class _Defended:
 class _Run:
     data: SegmentationData
     indices: list[int]
+    survey: Survey
     attacks: Mapping[str, AttackFactory]
     options: dict[str, Any]
+    seeds: list[int]
     region: Region
     batch_size: int
+    keep_going: bool
     store: Store
     tick: Tick
     results: Results
+    computed: set[tuple[str, str]] = field(default_factory=set)  # (model, attack) of which a cell was not there
 
     def model(self, model: str, segmenter: PyTorchSegmenter, defences: Mapping[str, DefenceFunction]) -> None:
         undefended = _Defended(NONE, segmenter, self.batch_size)
@@ -209,7 +226,7 @@ class _Run:
                             break
                 if name != NONE:
                     left_out = sum(effort for variant, effort in _EFFORT.items() if variant not in variants)
-                    self.tick(f"{model} · {attack} · {name}", left_out * len(self.indices))
+                    self.tick(f"{model} · {attack} · {name}", left_out * len(self.indices) * len(self.seeds))
         inapplicable = {skipped.attack for skipped in self.results.skipped if skipped.model == model}
         for attack in self.attacks:
             if attack not in inapplicable:
@@ -223,8 +240,9 @@ class _Run:
             if not isinstance(defended.segmenter, PyTorchSegmenter):
                 kind = type(defended.segmenter).__name__
                 raise ValueError(f"defence {name!r} returned a {kind}; it must return a PyTorchSegmenter")
-            first = self.indices[:1]
-            defended.predict_clean(self._load(first)[0], first)  # a defence may look at the model only when it runs
+            first = self._readable(self.indices)[:1]
+            # a defence may look at the model only when it runs
+            defended.predict_clean(read_batch(self.data, first)[0], first)
         except NotApplicableError as error:
             self._skip(Skipped(model, name, _reason(error)))
             return None
@@ -240,9 +258,9 @@ class _Run:
         adapts = any(takes(factory, name) for name in _PLAIN) and (traits.random or traits.straight_through)
         return ["plain", *(["adaptive"] if adapts else []), *(["transfer"] if defended.name != NONE else [])]
 
-    def _make(self, attack: str, variant: str, segmenter: PyTorchSegmenter) -> Any:
+    def _make(self, attack: str, variant: str, seed: int, segmenter: PyTorchSegmenter) -> Any:
         factory = self.attacks[attack]
-        options = self.options | (_PLAIN if variant == "plain" else {})
+        options = self.options | {"seed": seed} | (_PLAIN if variant == "plain" else {})
         try:
             made = factory(segmenter, **{name: value for name, value in options.items() if takes(factory, name)})
         except TypeError as error:
@@ -255,19 +273,44 @@ class _Run:
         return made
 
     def _cells(self, model: str, attack: str, variant: str, defended: _Defended, undefended: _Defended) -> None:
-        """Every chunk of images of one model, attack, defence and variant."""
-        made: Any = None
-        for chunk, images in self._chunks():
-            cell = Cell(model, defended.name, attack, variant, chunk)
-            label = f"{model} · {attack} · {defended.name} · {variant}"
-            records = self.store.read(cell)
-            if records is None:
-                if made is None:
-                    source = undefended if variant == "transfer" else defended
-                    made = self._make(attack, self._origin(cell, undefended).variant, source.segmenter)
-                records = self._chunk(cell, made, images, defended, undefended)
-            self.results.records += records
-            self.tick(label, _EFFORT[variant] * len(images))
+        """Every seed and chunk of images of one model, attack, defence and variant."""
+        label = f"{model} · {attack} · {defended.name} · {variant}"
+        source = undefended if variant == "transfer" else defended
+        for seed in self.seeds:
+            begin = Cell(model, defended.name, attack, variant, 0, None if seed == self.seeds[0] else seed)
+            as_variant = self._origin(begin, undefended).variant
+            make = functools.cache(functools.partial(self._make, attack, as_variant, seed, source.segmenter))
+            for chunk, images in self._chunks():
+                cell = replace(begin, chunk=chunk)
+                records = self.store.read(cell, images)
+                if records is None:
+                    records = self._compute(cell, images, make, defended, undefended)
+                if records is not None:
+                    self._note_unreadable(images, records)
+                    self.results.records += records
+                self.tick(label, _EFFORT[variant] * len(images))
+
+    def _compute(
+        self,
+        cell: Cell,
+        images: list[int],
+        make: Callable[[], Any],
+        defended: _Defended,
+        undefended: _Defended,
+    ) -> list[Record] | None:
+        """Attack, measure, and keep the rows; None where they are left out."""
+        self.computed.add((cell.model, cell.attack))
+        try:
+            records, changes = self._chunk(cell, make(), self._readable(images), defended, undefended)
+        except NotApplicableError:
+            raise
+        except Exception as error:  # an attack may raise anything
+            if not self.keep_going:
+                raise
+            self._leave_out(cell, images, error)
+            return None
+        self.store.write(cell, images, records, changes)
+        return records
 
     def _origin(self, cell: Cell, undefended: _Defended) -> Cell:
         """The cell that made the patch: for ``transfer`` the undefended model's, the adaptive one if it has one."""
@@ -277,15 +320,16 @@ class _Run:
 
     def _chunk(
         self, cell: Cell, attack: Any, images: list[int], defended: _Defended, undefended: _Defended
-    ) -> list[Record]:
+    ) -> tuple[list[Record], Changes | None]:
+        """The rows of a cell, and its patches if it made them itself."""
         records: list[Record] = []
         made: list[NDArray[np.float32]] = []
         masks: list[NDArray[np.bool_] | None] = []
         origin = self._origin(cell, undefended)
-        pasted = None if origin is cell else self.store.changes(origin)
+        pasted = None if origin is cell else self.store.changes(origin, images)
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
-            x, y, names = self._load(batch)
+            x, y, names = read_batch(self.data, batch)
             aim = target_map(attack, y, batch)
             costs: list[dict[str, Any]] = [{"steps": 0, "forwards": 0.0, "backwards": 0.0, "seconds": 0.0}] * len(batch)
             if pasted is None:
@@ -300,10 +344,26 @@ class _Run:
                 adversarial, mask = pasted.paste(x, slice(start, start + len(batch)))
             rows = self._records(cell, batch, names, x, y, adversarial, mask, aim, defended)
             records += [replace(record, **cost) for record, cost in zip(rows, costs, strict=True)]
+        if not records:
+            return [], None
         seconds = round(sum(record.seconds or 0.0 for record in records) / len(records), 3)
         records = [replace(record, seconds=seconds) for record in records]
-        self.store.write(cell, records, None if pasted else Changes.of(made, masks))
-        return records
+        return records, None if pasted else Changes.of(made, masks)
+
+    def _leave_out(self, cell: Cell, images: Sequence[int], error: Exception) -> None:
+        seed = self.seeds[0] if cell.seed is None else cell.seed
+        left_out = LeftOut(reason(error), tuple(images), cell.model, cell.attack, cell.defence, cell.variant, seed)
+        self.results.left_out.append(left_out)
+        self.store.leave_out(cell, left_out)
+
+    def _note_unreadable(self, images: Sequence[int], records: Sequence[Record]) -> None:
+        """A frame is left out where a finished cell lacks it; one that was read earlier may be in all of them."""
+        held = {record.image for record in records}
+        for image in images:
+            if image not in held:
+                left_out = LeftOut(self.survey.unreadable[image], (image,))
+                if left_out not in self.results.left_out:
+                    self.results.left_out.append(left_out)
 
     def _records(
         self,
@@ -340,6 +400,7 @@ class _Run:
                 changed=changed[i],
                 aim=None if reached is None else reached[i],
                 aim_clean=None if by_chance is None else by_chance[i],
+                seed=self.seeds[0] if cell.seed is None else cell.seed,
             )
             for i, (image, name) in enumerate(zip(images, names, strict=True))
         ]
@@ -348,32 +409,38 @@ class _Run:
         """The image on which the undefended model is fooled most, and the median one, under every defence."""
         if self.store.folder is None:
             return
-        mine = [r for r in self.results.records if (r.model, r.attack) == (model, attack)]
+        mine = [
+            r
+            for r in self.results.records
+            if (r.model, r.attack) == (model, attack) and r.image not in self.survey.unreadable
+        ]
         ranked = sorted(worst(r for r in mine if r.defence == NONE), key=lambda r: np.nan_to_num(r.success, nan=-1.0))
-        made = None
+        if not ranked:
+            return
         for which, chosen in (("worst", ranked[-1]), ("median", ranked[(len(ranked) - 1) // 2])):
             path = self.store.folder / "figures" / f"{file_name(model)}--{file_name(attack)}--{which}.png"
-            if path.exists():
+            if path.exists() and (model, attack) not in self.computed:
                 continue
-            made = self._make(attack, "plain", undefended.segmenter) if made is None else made
+            made = self._make(attack, "plain", chosen.seed, undefended.segmenter)
             image = chosen.image
-            x, y, _ = self._load([image])
+            x, y, _ = read_batch(self.data, [image])
             aim = target_map(made, y, [image])
             panels = []
             mask = None
             for defended in applied:
-                (record,) = worst(r for r in mine if r.defence == defended.name and r.image == image)
-                adversarial, mask = self._patched(record, undefended, x)
-                panels.append(
-                    Panel(
-                        title=defended.name,
-                        subtitle=f"{record.variant} attack\n{100 * record.success:.0f} % fooled",
-                        image=x[0],
-                        patched=adversarial[0],
-                        clean=defended.predict_clean(x, [image])[0],
-                        attacked=defended.predict(adversarial, [image])[0],
+                of_image = (r for r in mine if (r.defence, r.image, r.seed) == (defended.name, image, chosen.seed))
+                for record in worst(of_image):  # none, where it was left out
+                    adversarial, mask = self._patched(record, undefended, x)
+                    panels.append(
+                        Panel(
+                            title=defended.name,
+                            subtitle=f"{record.variant} attack\n{100 * record.success:.0f} % fooled",
+                            image=x[0],
+                            patched=adversarial[0],
+                            clean=defended.predict_clean(x, [image])[0],
+                            attacked=defended.predict(adversarial, [image])[0],
+                        )
                     )
-                )
             save_figure(
                 path,
                 panels,
@@ -389,47 +456,17 @@ class _Run:
         self, record: Record, undefended: _Defended, x: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
         place = self.indices.index(record.image)
-        cell = Cell(record.model, record.defence, record.attack, record.variant, place - place % CHUNK)
-        changes = self.store.changes(self._origin(cell, undefended))
-        return changes.paste(x, slice(place % CHUNK, place % CHUNK + 1))
+        seed = None if record.seed == self.seeds[0] else record.seed
+        cell = Cell(record.model, record.defence, record.attack, record.variant, place - place % CHUNK, seed)
+        return self.store.changes(self._origin(cell, undefended), [record.image]).paste(x)
 
     def _chunks(self) -> Iterator[tuple[int, list[int]]]:
         for start in range(0, len(self.indices), CHUNK):
             yield start, self.indices[start : start + CHUNK]
 
-    def _load(self, images: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
-        try:
-            x, y, names = stack(self.data, images)
-        except RuntimeError as error:
-            raise ValueError(f"images {list(images)} do not make a batch ({error}); give a size") from error
-        check_images(x)
-        check_labels(y, len(self.data.classes), IGNORE_INDEX, tuple(x.shape[-2:]))
-        return x.numpy(), y.numpy(), names
+    def _readable(self, images: Sequence[int]) -> list[int]:
+        return [image for image in images if image not in self.survey.unreadable]
 
 
 def _reason(error: Exception) -> str:
     return str(error).partition(":")[0]
-
-
-@contextmanager
-def _progress(verbose: bool, total: float) -> Iterator[Tick]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, disable=not verbose, transient=True, speed_estimate_period=600
-    ) as progress:
-        task = progress.add_task("starting", total=total)
-
-        def tick(description: str, effort: float) -> None:
-            progress.update(task, description=description, advance=effort)
-
-        yield tick

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from evaluation.frames import SegmentationData
+from evaluation.frames import Frame, SegmentationData
 from ramdefense.segmenter import PyTorchSegmenter
 
 
@@ -49,11 +49,14 @@ def data_fingerprint(data: SegmentationData, images: Sequence[int]) -> str:
     """Hash of these images and their label maps."""
     digest = hashlib.sha256()
     for image in images:
-        frame = data[image]
-        digest.update(str(tuple(frame.image.shape)).encode())
-        digest.update(frame.image.numpy().tobytes())
-        digest.update(frame.label.numpy().tobytes())
+        for part in frame_bytes(data[image]):
+            digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def frame_bytes(frame: Frame) -> tuple[bytes, ...]:
+    """What is in a frame: shape, image and label map."""
+    return str(tuple(frame.image.shape)).encode(), frame.image.numpy().tobytes(), frame.label.numpy().tobytes()
 
 
 def versions_of(*packages: str) -> dict[str, str]:

@@ -108,3 +108,12 @@ def chosen_images(images: int | Sequence[int] | None, length: int) -> list[int]:
     if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= i < length for i in chosen):
         raise ValueError(f"images={chosen}: different indices from 0 to {length - 1}, at least one")
     return chosen
+
+
+def chosen_seeds(seed: int | Sequence[int]) -> list[int]:
+    """One seed or several, different ones."""
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed]
+    whole = all(isinstance(one, int) and not isinstance(one, bool) for one in seeds)
+    if not seeds or not whole or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seed={seed}: a whole number, or different ones, at least one")
+    return seeds

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from evaluation import metrics, tables
-from evaluation.files import read_lines, write_whole
+from evaluation.files import DamagedError, read_lines, write_whole
+from evaluation.keys import cell_key
 from evaluation.metrics import Counts
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Record:
         forwards, backwards: passes that it made, the mean over the images attacked with this one; likewise.
         seconds: wall-clock time, the mean over the images of its file. Not among what is written for a record, which
             is the same in every run.
+        seed: of the attack.
 
     Shape:
         every count is int64 ``(C, C)``, reference down, prediction across.
@@ -65,6 +67,7 @@ class Record:
     forwards: float | None = None
     backwards: float | None = None
     seconds: float | None = None
+    seed: int = 0
 
     @property
     def success(self) -> float:
@@ -116,13 +119,66 @@ class Skipped:
     attack: str | None = None
 
 
-def seconds_of(folder: Path, cell: Path) -> float | None:
-    """The time for each image that a run keeps of a file of rows in its folder; ``None`` if it keeps none."""
-    times = folder / "times" / cell.relative_to(folder / "cells").with_suffix(".json")
-    if not times.exists():
-        return None
-    seconds = json.loads(times.read_text())["seconds"]
-    return None if seconds is None else float(seconds)
+@dataclass(frozen=True)
+class LeftOut:
+    """What a run that keeps going could not do, and why: a frame that cannot be read, or images whose attack failed.
+
+    Args:
+        reason: What went wrong.
+        images: Indices in the data set.
+        model, attack, defence, variant, seed: Where; None for a frame, which is left out everywhere.
+    """
+
+    reason: str
+    images: tuple[int, ...]
+    model: str | None = None
+    attack: str | None = None
+    defence: str | None = None
+    variant: str | None = None
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        many = len(self.images) > 3
+        listed = f"{self.images[0]} … {self.images[-1]}" if many else ", ".join(map(str, self.images))
+        named = f"image{'s' if len(self.images) > 1 else ''} {listed}"
+        if self.model is None:
+            return f"{named}: {self.reason}"
+        seed = f" · seed {self.seed}" if self.seed else ""
+        return f"{self.model} · {self.attack} · {self.defence} · {self.variant}{seed}, {named}: {self.reason}"
+
+
+def read_configuration(folder: Path) -> dict[str, Any]:
+    """What a run's ``config.json`` holds.
+
+    Raises:
+        DamagedError: it is not what a run writes there; the message names it.
+    """
+    path = folder / "config.json"
+    try:
+        configuration: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for name, kind in {"models": dict, "attacks": dict, "defences": dict, "options": dict, "data": dict}.items():
+            if not isinstance(configuration[name], kind):
+                raise ValueError(f"{name} is no mapping")
+        if not isinstance(configuration["data"]["classes"], list):
+            raise ValueError("the classes are no list")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(path, f"it lacks {error}" if isinstance(error, KeyError) else error) from error
+    return configuration
+
+
+def read_rows(folder: Path, path: Path, nb_classes: int) -> tuple[dict[str, Any], list[Record]]:
+    """Header and records of a file of rows in a run's folder, with their time.
+
+    Raises:
+        DamagedError: it, or the file of its time, is damaged; the message names it.
+    """
+    header, lines = read_lines(path)
+    times = folder / "times" / path.relative_to(folder / "cells").with_suffix(".json")
+    seconds = read_lines(times)[0].get("seconds") if times.exists() else None
+    try:
+        return header, [Record.from_json(line, nb_classes, seconds) for line in lines]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DamagedError(path, f"no rows: {error}") from error
 
 
 def _figures(records: Sequence[Record]) -> dict[str, float]:
@@ -159,14 +215,22 @@ def _costs(variants: Iterable[list[Record]], images: int) -> dict[str, float]:
 
 
 def worst(records: Iterable[Record]) -> list[Record]:
-    """For each image the record with the highest success rate; of equals, the first in the order of ``VARIANTS``."""
-    best: dict[int, Record] = {}
+    """For each image and seed the record with the highest success rate; of equals, the first in ``VARIANTS``."""
+    best: dict[tuple[int, int], Record] = {}
     for record in sorted(records, key=lambda r: _order(r.variant)):
         score = -1.0 if math.isnan(record.success) else record.success
-        held = best.get(record.image)
+        held = best.get((record.image, record.seed))
         if held is None or score > (-1.0 if math.isnan(held.success) else held.success):
-            best[record.image] = record
-    return [best[image] for image in sorted(best)]
+            best[record.image, record.seed] = record
+    return [best[key] for key in sorted(best)]
+
+
+def _success_over_seeds(records: Sequence[Record]) -> float:
+    """Sample standard deviation of the success rate over the seeds; NaN for one seed."""
+    seeds = {record.seed for record in records}
+    if len(seeds) < 2:
+        return math.nan
+    return float(np.std([_figures([r for r in records if r.seed == seed])["success"] for seed in seeds], ddof=1))
 
 
 def _order(variant: str) -> tuple[int, str]:
@@ -178,11 +242,12 @@ class Results:
     """Records of a run, and the tables made from them.
 
     Attributes:
-        records: one for each model × attack × defence × variant × image.
+        records: one for each model × attack × defence × variant × seed × image.
         skipped: defences that do not apply to a model.
         classes: names of the classes.
         configuration: what decides the run, as in its ``config.json``.
         interrupted: the run was stopped; what was finished is here.
+        left_out: frames that could not be read and cells whose attack failed, in a run that keeps going.
     """
 
     records: list[Record]
@@ -190,29 +255,32 @@ class Results:
     skipped: list[Skipped] = field(default_factory=list)
     configuration: Mapping[str, Any] = field(default_factory=dict)
     interrupted: bool = False
+    left_out: list[LeftOut] = field(default_factory=list)
 
     @property
     def rows(self) -> pd.DataFrame:
         """One row for each record, its figures from the counts of that image alone; shares from 0 to 1."""
         return pd.DataFrame(
             [
-                {name: getattr(r, name) for name in (*_KEY, "variant", "image", "name")} | _figures([r])
+                {name: getattr(r, name) for name in (*_KEY, "variant", "seed", "image", "name")} | _figures([r])
                 for r in self.records
             ]
         )
 
     def groups(self) -> Iterator[tuple[tuple[str, str, str], dict[str, list[Record]]]]:
-        """``(model, attack, defence)`` and its records by variant, on the images that all its variants have."""
+        """``(model, attack, defence)`` and its records by variant, on the images and seeds that all variants have."""
         grouped: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
         for record in self.records:
             cell = grouped.setdefault((record.model, record.attack, record.defence), {})
             cell.setdefault(record.variant, []).append(record)
         for key, variants in grouped.items():
-            common = set.intersection(*({r.image for r in records} for records in variants.values()))
+            common = set.intersection(*({(r.image, r.seed) for r in records} for records in variants.values()))
             yield (
                 key,
                 {
-                    variant: sorted((r for r in variants[variant] if r.image in common), key=lambda r: r.image)
+                    variant: sorted(
+                        (r for r in variants[variant] if (r.image, r.seed) in common), key=lambda r: (r.seed, r.image)
+                    )
                     for variant in sorted(variants, key=_order)
                 },
             )
@@ -224,12 +292,14 @@ class Results:
             model, attack, defence, images: the cell, and how many images it has.
             success: attack success rate. Counted pixels predicted as the target / counted pixels that have a target
                 (for an attack without a target: counted pixels predicted wrong / counted pixels), the worst variant of
-                the attack taken for each image. ``success_drop``: how much lower than without defence.
+                the attack taken for each image and seed. ``success_drop``: how much lower than without defence.
+            seeds: how many seeds of the attack; their counts are summed. ``success_seed_std``: sample standard
+                deviation of ``success`` over them, NaN for one.
             target_miou, adversarial_miou, pixel_accuracy, iou_ratio, changed: of the same worst records.
             clean_success: ``success`` of no attack at all, by the same target and pixels.
             clean_miou: mIoU without attack, this defence in place, whole image; clean_region_miou and
                 clean_pixel_accuracy: on the counted pixels.
-            steps, forwards, backwards, seconds: what the attack took for each image, over all its variants.
+            steps, forwards, backwards, seconds: what the attack took for each image and seed, over all its variants.
             VARIANT_success, VARIANT_target_miou, VARIANT_adversarial_miou: of one variant of the attack.
             note: why the defence does not apply to the model; empty otherwise.
         """
@@ -239,7 +309,12 @@ class Results:
             if not chosen:
                 continue
             row: dict[str, Any] = dict(zip(_KEY, (model, attack, defence), strict=True))
-            row |= {"images": len(chosen), "note": ""} | _figures(chosen) | _costs(variants.values(), len(chosen))
+            row |= (
+                {"images": len({r.image for r in chosen}), "note": ""}
+                | _figures(chosen)
+                | _costs(variants.values(), len(chosen))
+            )
+            row |= {"seeds": len({r.seed for r in chosen}), "success_seed_std": _success_over_seeds(chosen)}
             for variant in VARIANTS:
                 figures = _figures(variants[variant]) if variant in variants else {}
                 for name in ("success", "target_miou", "adversarial_miou"):
@@ -248,10 +323,13 @@ class Results:
         attacks = list(dict.fromkeys(row["attack"] for row in table))
         for skip in self.skipped:
             table += [
-                {"model": skip.model, "attack": attack, "defence": skip.defence, "images": 0, "note": skip.reason}
+                {
+                    "model": skip.model, "attack": attack, "defence": skip.defence, "images": 0, "seeds": 0,
+                    "note": skip.reason,
+                }
                 for attack in (attacks if skip.attack is None else [skip.attack])
-            ]
-        columns = [*_KEY, "images", "success", "success_drop", *_columns(), "note"]
+            ]  # fmt: skip
+        columns = [*_KEY, "images", "success", "success_drop", "success_seed_std", "seeds", *_columns(), "note"]
         frame = pd.DataFrame(table).reindex(columns=columns)
         undefended = {
             (r["model"], r["attack"]): r["success"] for r in table if r["defence"] == "none" and not r["note"]
@@ -276,9 +354,9 @@ class Results:
         """The summary for the screen (``rich``): percentages, and what each defence gains."""
         under = " and pixels under the patch" if self.configuration.get("region", "outside") == "outside" else ""
         notes = [
-            f"n/a: {skip.attack or skip.defence} does not apply to {skip.model}: {skip.reason}"
-            for skip in self.skipped
+            f"n/a: {skip.attack or skip.defence} does not apply to {skip.model}: {skip.reason}" for skip in self.skipped
         ]
+        notes += [f"left out: {left_out}" for left_out in _gathered(self.left_out)]
         if self.interrupted:
             notes.insert(0, "INTERRUPTED: only what was finished is here.")
         counted = f"Void pixels{under} count nowhere; clean mIoU is of the whole image."
@@ -306,30 +384,38 @@ class Results:
 
         Raises:
             FileNotFoundError: no run in it.
-            ValueError: a damaged file, which is named.
+            ValueError: a damaged file, or one that belongs to another run; the message names it.
         """
         folder = Path(folder)
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{folder} holds no run: it has no config.json")
-        configuration = json.loads((folder / "config.json").read_text())
+        configuration = read_configuration(folder)
         classes = configuration["data"]["classes"]
         records, skipped = [], []
+        left_out: list[LeftOut] = []
+        frames: dict[str, str] = {}
         for path in sorted((folder / "cells").rglob("*.jsonl")):
-            header, lines = read_lines(path)
-            seconds = seconds_of(folder, path)
+            header, rows = read_rows(folder, path, len(classes))
+            _check_same_run(path, header, configuration, frames)
             if "skipped" in header:
                 skipped.append(Skipped(**header["skipped"]))
-            records += [Record.from_json(line, len(classes), seconds) for line in lines]
+            elif "left_out" in header and not path.with_name(path.name.replace(".left_out", "")).exists():
+                left_out.append(LeftOut(**{**header["left_out"], "images": tuple(header["left_out"]["images"])}))
+            left_out += [LeftOut(reason, (int(image),)) for image, reason in header.get("unreadable", {}).items()]
+            records += rows
         axes = {axis: list(configuration[f"{axis}s"]) for axis in _KEY}
+        seed = configuration.get("seed", 0)
+        seeds = seed if isinstance(seed, list) else [seed]
         records.sort(
             key=lambda r: (
-                *(_index(axes[axis], getattr(r, axis)) for axis in _KEY), _order(r.variant), r.image,
+                *(_index(axes[axis], getattr(r, axis)) for axis in _KEY), _order(r.variant), _index(seeds, r.seed),
+                r.image,
             )
         )  # fmt: skip
         skipped.sort(
             key=lambda s: tuple(_index(axes[axis], getattr(s, axis) or "") for axis in ("model", "defence", "attack"))
         )
-        return cls(records, classes, skipped, configuration)
+        return cls(records, classes, skipped, configuration, left_out=list(dict.fromkeys(left_out)))
 
     @classmethod
     def joined(cls, runs: Sequence[Results]) -> Results:
@@ -353,10 +439,14 @@ class Results:
                 for name, value in run.configuration[axis].items():
                     if names.setdefault(name, value) != value:
                         raise ValueError(f"{name!r} among the {axis} is not the same thing in all runs")
-        records = {(r.model, r.attack, r.defence, r.variant, r.image): r for run in reversed(runs) for r in run.records}
+        records = {
+            (r.model, r.attack, r.defence, r.variant, r.seed, r.image): r for run in reversed(runs) for r in run.records
+        }
         skipped = list(dict.fromkeys(skip for run in runs for skip in run.skipped))
         interrupted = any(run.interrupted for run in runs)
-        return cls(list(records.values()), first.classes, skipped, {**first.configuration, **axes}, interrupted)
+        left_out = list(dict.fromkeys(left for run in runs for left in run.left_out))
+        configuration = {**first.configuration, **axes}
+        return cls(list(records.values()), first.classes, skipped, configuration, interrupted, left_out)
 
 
 def _columns() -> list[str]:
@@ -367,5 +457,29 @@ def _columns() -> list[str]:
     return shared + [f"{v}_{name}" for v in VARIANTS for name in ("success", "target_miou", "adversarial_miou")]
 
 
-def _index(names: Sequence[str], name: str) -> int:
+def _check_same_run(
+    path: Path, header: Mapping[str, Any], configuration: Mapping[str, Any], frames: dict[str, str]
+) -> None:
+    """Raise a ValueError if a file of a folder was made by another run than the others.
+
+    Args:
+        frames: image → what is in its frame, by the files before this one; those of this one are added.
+    """
+    if "key" in header and header["key"] != cell_key(configuration, header["cell"]):
+        raise ValueError(f"{path} belongs to another run than the folder's config.json; remove the file")
+    for image, fingerprint in header.get("frames", {}).items():
+        if frames.setdefault(image, fingerprint) != fingerprint:
+            raise ValueError(f"{path} belongs to another run: its image {image} is not that of the other files")
+
+
+def _gathered(left_out: Iterable[LeftOut]) -> list[LeftOut]:
+    """What went wrong in the same way for several files of one cell, together."""
+    together: dict[LeftOut, tuple[int, ...]] = {}
+    for one in left_out:
+        alike = replace(one, images=() if one.model is not None else one.images)
+        together[alike] = (*together.get(alike, ()), *one.images)
+    return [replace(alike, images=tuple(sorted(set(images)))) for alike, images in together.items()]
+
+
+def _index(names: Sequence[Any], name: Any) -> int:
     return names.index(name) if name in names else len(names)
