@@ -5,20 +5,30 @@ Whatever needs torch is imported inside the command that needs it, so that ``--h
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from evaluation.cli_shared import Device as _Device
+from evaluation.cli_shared import MaxIter as _MaxIter
+from evaluation.cli_shared import Options as _Options
+from evaluation.cli_shared import Out as _Out
+from evaluation.cli_shared import PatchLocation as _PatchLocation
+from evaluation.cli_shared import PatchSize as _PatchSize
+from evaluation.cli_shared import Plugins
+from evaluation.cli_shared import Region as _Region
+from evaluation.cli_shared import Size as _Size
+from evaluation.cli_shared import Target as _Target
+from evaluation.cli_shared import attack_options as _attack_options
+from evaluation.cli_shared import load_plugins as _load_plugins
+from evaluation.cli_shared import pair as _pair
+from evaluation.cli_shared import parsed_option as _option
+from evaluation.cli_shared import show as _show
+from evaluation.cli_shared import show_table as _show_table
+from evaluation.cli_shared import user_errors as _user_errors
 
 app = typer.Typer(
     name="ramdefense",
@@ -27,11 +37,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Plugins = Annotated[
-    list[str] | None,
-    typer.Option("--plugin", help="A module or a file.py that registers attacks or defences; may be repeated."),
-]
 
 
 def main() -> None:
@@ -120,17 +125,6 @@ def table(
         typer.echo(results.markdown())
     else:
         _show(results.table())
-
-
-_Target = Annotated[str | None, typer.Option(help="permute, strip, untargeted or a class's number.")]
-_Out = Annotated[Path | None, typer.Option(help="Folder of the run; the same command again resumes it.")]
-_MaxIter = Annotated[int | None, typer.Option(help="Steps of the attack.")]
-_PatchSize = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number for a square.")]
-_PatchLocation = Annotated[str | None, typer.Option(help="TOPxLEFT in pixels, or a corner, as lower_right.")]
-_Options = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, a further option; may be repeated.")]
-_Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH that the data are resized to.")]
-_Region = Annotated[str, typer.Option(help="Which pixels count: outside the patch, or everywhere.")]
-_Device = Annotated[str | None, typer.Option(help="cpu or gpu; a GPU where there is one, if not given.")]
 
 
 @app.command()
@@ -390,110 +384,6 @@ def list_models() -> None:
     ]
     _show_table(("model", "size", "weights", "val mIoU %", "test mIoU %"), rows, right=(2, 3, 4))
     _show(f"A model is {KINDS}.", markup=False)
-
-
-# --------------------------------------------------------------------------------------------------------- helpers
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """What the user can mend is one line and exit code 2; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        from rich.console import Console
-
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print("[bold red]error:[/bold red] ", end="")
-        console.print(" ".join(str(error).split()), markup=False)
-        raise typer.Exit(2) from error
-
-
-def _load_plugins(plugins: list[str] | None) -> None:
-    """Import each module or file once; its decorators do the rest."""
-    for name in plugins or []:
-        if not name.endswith(".py"):
-            try:
-                importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name != name.partition(".")[0] and error.name != name:
-                    raise  # the plug-in is there; what it imports is not
-                raise ValueError(f"--plugin {name}: no such module; a file ends with .py") from error
-            continue
-        path = Path(name).resolve()
-        if not path.is_file():
-            raise FileNotFoundError(f"--plugin {name}: no such file")
-        module_name = f"ramdefense_plugin_{path.stem}"
-        held = sys.modules.get(module_name)
-        if held is not None and getattr(held, "__file__", None) == str(path):
-            continue
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"--plugin {name}: no Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        spec.loader.exec_module(module)
-
-
-def _pair(text: str, name: str) -> tuple[int, int]:
-    """``"40x60"`` or ``"40"`` → ``(40, 60)`` or ``(40, 40)``."""
-    parts = text.lower().replace("×", "x").split("x")
-    if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"{name} {text}: two whole numbers, as in 40x60 (rows first), or one for both")
-    return int(parts[0]), int(parts[-1])
-
-
-def _attack_options(
-    option: list[str] | None,
-    target: str | None,
-    patch_size: str | None,
-    patch_location: str | None,
-    device: str | None,
-) -> dict[str, Any]:
-    """The options of an attack that have switches of their own, and the others."""
-    if device not in (None, "cpu", "gpu"):
-        raise ValueError(f"--device {device}: cpu or gpu")
-    options: dict[str, Any] = dict(_option(text) for text in option or [])
-    if target is not None:
-        options["target"] = target
-    if patch_size is not None:
-        options["patch_shape"] = _pair(patch_size, "--patch-size")
-    if patch_location is not None:
-        corner = not patch_location[:1].isdigit()
-        options["patch_location"] = patch_location if corner else _pair(patch_location, "--patch-location")
-    return options
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """``"eps_step=0.05"`` → ``("eps_step", 0.05)``; values are read as YAML."""
-    import yaml
-
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip().isidentifier():
-        raise ValueError(f"--option {text}: NAME=VALUE, as in eps_step=0.05")
-    try:
-        return name.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--option {text}: the value is no YAML") from error
-
-
-def _show(what: RenderableType, *, markup: bool = True) -> None:
-    from rich.console import Console
-
-    Console(highlight=False).print(what, markup=markup)
-
-
-def _show_table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    _show(table)
 
 
 if __name__ == "__main__":

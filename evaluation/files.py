@@ -6,7 +6,10 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -17,6 +20,16 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """A figure as PNG, the same bytes for the same figure; its folder is made."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    FigureCanvasAgg(figure).print_png(part, metadata={"Software": None})
     part.replace(path)
 
 
