@@ -127,8 +127,8 @@ def rollout(
         draw: of a random defence.
 
     Returns:
-        (N, H, W) float64 on the CPU, each map of sum 1; a token's part lies evenly on the pixels that are nearest to
-        it, and that of a token without a place is left out.
+        (N, H, W) float64 on the CPU, each map of sum 1: each pixel has the value of the token that is nearest to it;
+        what a token without a place has is left out.
 
     Raises:
         NotApplicableError: no attention between places, or attention that is not over one sequence of tokens; the
@@ -142,7 +142,6 @@ def rollout(
     height, width = images.shape[-2:]
     placed = ~places.isnan().any(-1)
     nearest = _nearest(places, (height, width))
-    pixels = torch.bincount(nearest.flatten(), minlength=len(places)).clamp_min(1)
     maps = []
     for _, attentions in _watched(segmenter, images, streams, draw):
         flow = torch.eye(len(places), dtype=torch.float64)
@@ -151,7 +150,7 @@ def rollout(
                 matrix = located[attention.call].arrange(_applied(attention).double(), 1)[0, 0].mean(0).cpu()
                 layer = (matrix + torch.eye(len(places), dtype=torch.float64)) / 2
                 flow = layer / layer.sum(-1, keepdim=True) @ flow
-        seen = (flow[placed].mean(0) / pixels)[nearest]
+        seen = flow[placed].mean(0)[nearest]
         maps.append(seen / seen.sum())
     return torch.stack(maps)
 

@@ -29,6 +29,7 @@ from evaluation.cli_shared import parsed_option as _option
 from evaluation.cli_shared import show as _show
 from evaluation.cli_shared import show_table as _show_table
 from evaluation.cli_shared import user_errors as _user_errors
+from evaluation.cli_understand import attention, field
 
 app = typer.Typer(
     name="ramdefense",
@@ -292,6 +293,10 @@ def sites(
         return
     rows = [(s.name, s.kind, str(s.heads), str(s.queries), str(s.keys), s.function) for s in found]
     _show_table(("site", "kind", "heads", "queries", "keys", "function"), rows, right=(2, 3, 4))
+
+
+app.command()(field)
+app.command()(attention)
 
 
 @app.command()

@@ -81,6 +81,11 @@ def pair(text: str, name: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
+def check_device(device: str | None) -> None:
+    if device not in (None, "cpu", "gpu"):
+        raise ValueError(f"--device {device}: cpu or gpu")
+
+
 def attack_options(
     option: list[str] | None,
     target: str | None,
@@ -89,8 +94,7 @@ def attack_options(
     device: str | None,
 ) -> dict[str, Any]:
     """The options of an attack that have switches of their own, and the others."""
-    if device not in (None, "cpu", "gpu"):
-        raise ValueError(f"--device {device}: cpu or gpu")
+    check_device(device)
     options: dict[str, Any] = dict(parsed_option(text) for text in option or [])
     if target is not None:
         options["target"] = target
