@@ -209,7 +209,7 @@ class TwoLayers(nn.Module):
         for layer, width in ((self.first, 1), (self.second, self.second_width)):
             q, k, v = layer(tokens).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
             k, v = (t.unflatten(2, (-1, width)).mean(3) for t in (k, v))
-            scores = 3 * q @ k.mT
+            scores = 20 * q @ k.mT
             weights = refine(scores, **options) if options else scores.softmax(-1)
             yield weights
             tokens = tokens + (weights @ v).transpose(1, 2).flatten(2)
