@@ -18,7 +18,7 @@ from torch import Tensor
 from attacks.attention import Attention, Located, locate, watching
 from evaluation.contact import check_promises, generate, mask_of
 from ramdefense.checks import check_images
-from ramdefense.interception import Call, attention_sites
+from ramdefense.interception import Call, probe
 from ramdefense.ram import HardenedModel
 from ramdefense.segmenter import PyTorchSegmenter
 from ramdefense.traits import NotApplicableError
@@ -156,11 +156,13 @@ def rollout(
 
 
 def _check_one_sequence(segmenter: PyTorchSegmenter, images: Tensor, located: Mapping[Call, Located]) -> None:
-    sites = attention_sites(segmenter.model, images[:1])
-    known = {(call.module or "(root)", call.function, call.occurrence) for call in located}
-    unplaced = next((s.name for s in sites if (s.name, s.function, s.occurrence) not in known), None)
-    if unplaced is not None:
-        raise _no_sequence(_undefended_name(segmenter.model, unplaced), "its keys have no place on the image")
+    def run(batch: Tensor) -> Tensor:
+        with segmenter.conditions(undefended=True):
+            return segmenter.logits(batch)
+
+    for call in probe(segmenter.model, (images[:1].to(segmenter.device),), {}, run=run).sites:
+        if call not in located:
+            raise _no_sequence(_site(segmenter.model, call), "its keys have no place on the image")
     first = next(iter(located.values())).keys
     pitch = math.sqrt(images.shape[-2] * images.shape[-1] / first.shape[1])
     for call, places in located.items():
@@ -359,14 +361,10 @@ def _covered(covered: Tensor, images: Tensor) -> Tensor:
 
 
 def _site(model: nn.Module, call: Call) -> str:
-    return _undefended_name(model, call.module) or "(root)"
-
-
-def _undefended_name(model: nn.Module, name: str) -> str:
-    """A module's name in the model without the wrappers that harden it."""
+    """The name of a site in the model without the wrappers that harden it."""
     kept, module = [], model
-    for part in name.split(".") if name and name != "(root)" else []:
+    for part in call.module.split(".") if call.module else []:
         if not (isinstance(module, HardenedModel) and part == "model"):
             kept.append(part)
         module = module.get_submodule(part)
-    return ".".join(kept)
+    return ".".join(kept) or "(root)"

@@ -274,12 +274,18 @@ def _points(
         colour, start = colours[model], points.get((model, NONE))
         face = colour if defence == NONE else "white"
         axis.plot(*place, marker=markers[defence], color=colour, markerfacecolor=face, markersize=8, linestyle="")
-        if defence == NONE or start is None:
-            text: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-            axis.annotate(model.removeprefix("zoo:"), place, color=colour, **text)
-        else:
+        if defence != NONE and start is not None:
             arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 5, "shrinkB": 5}
             axis.annotate("", place, start, arrowprops=arrow)
+    named = {model: points.get((model, NONE), place) for (model, _), place in points.items()}
+    wide, high = (max(np.ptp([place[i] for place in points.values()]), 1e-9) for i in (0, 1))
+    above: list[tuple[float, float]] = []
+    for model, place in sorted(named.items(), key=lambda item: item[1][1]):
+        # names of points that nearly coincide go one over the other
+        near = sum(abs(place[0] - x) < 0.2 * wide and abs(place[1] - y) < 0.06 * high for x, y in above)
+        above.append(place)
+        text: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": colours[model]}
+        axis.annotate(model.removeprefix("zoo:"), place, (0, 8 + 11 * near), **text)
 
 
 def _bare(axis: Axes) -> None:

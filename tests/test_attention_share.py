@@ -162,10 +162,11 @@ def test_windows_count_for_what_they_can_see() -> None:
     first, shifted = attention_share(victim, images, rectangle((16, 16), (0, 0), (32, 32))).to_dict("records")
     assert first["share"] == first["uniform"] == 0
     assert first["keys"] == 16
-    # rolled by two tokens, three windows reach over the patch's border: with 12, 12 and 8 of 16 tokens under it (the
-    # fourth is wrapped around), and 4, 4 and 8 queries outside
-    assert shifted["uniform"] > 0
-    assert shifted["share"] > 0
+    # rolled by two tokens, each window has 4 of its 16 keys under the patch
+    assert shifted["uniform"] == pytest.approx(1 / 4)
+    # but sees across no border of the image: of 48 queries outside 12 look at 4 of 16 keys, 8 at 4 of 8, 28 at none;
+    # fresh weights attend nearly evenly
+    assert shifted["share"] == pytest.approx((12 / 4 + 8 / 2) / 48, rel=0.1)
     with pytest.raises(NotApplicableError, match="attends within 4 windows"):
         rollout(victim, images)
 
