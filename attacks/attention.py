@@ -59,16 +59,19 @@ class Attention(NamedTuple):
         queries: (…, queries, d), with gradients; the scale of the scores may be in them or not.
         keys: (…, keys, d), with the same leading dimensions, images outermost.
         weights: Gives the attention matrix (…, queries, keys), each row summing to 1.
+        applied: The matrix that the values were really multiplied with, refined where a defence refines; None unless
+            it was asked for.
     """
 
     call: Call
     queries: Tensor
     keys: Tensor
     weights: Callable[[], Tensor]
+    applied: Tensor | None = None
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[list[Attention]]:
+def watching(model: nn.Module, *, applied: bool = False) -> Iterator[list[Attention]]:
     """Watch a forward pass of `model`: the list holds what attended in it, in the order of the calls.
 
     A softmax is in the list where its scores are a product of two tensors, whether its result is then used as attention
@@ -76,8 +79,10 @@ def watching(model: nn.Module) -> Iterator[list[Attention]]:
 
     Args:
         model: Any module; it computes what it would have computed unwatched.
+        applied: Keep each matrix that is applied, too. That costs memory, and the model computes what it would have
+            but for rounding: a fused kernel, which never writes its matrix, is made to.
     """
-    watch, watcher = _Observing(), Watcher()
+    watch, watcher = _Observing(applied), Watcher()
     watcher.watch(model, {name for name, _ in model.named_modules()})
     try:
         with watcher.running(watch):
@@ -93,8 +98,9 @@ class _Observing(Watch):
     So it goes on top again at each entrance where it is not; a call that it has taken down passes its lower places.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, applied: bool) -> None:
         super().__init__()
+        self.applied = applied
         self.seen: list[Attention] = []
         self._pushed: list[bool] = []
         self._busy = False
@@ -131,20 +137,27 @@ class _Observing(Watch):
 
     def attend(self, call: Call, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, options: Any) -> Any:
         def weights() -> Tensor:
-            # attention to values that are one-hot is the attention itself
-            one_hot = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
-            return F.scaled_dot_product_attention(q, k, one_hot, **{**options, "dropout_p": 0.0})
+            return F.scaled_dot_product_attention(q, k, _one_hot(k), **{**options, "dropout_p": 0.0})
 
         grouped = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3) if options.get("enable_gqa") else k
-        self.seen.append(Attention(call, *_alike(q, grouped), weights))
-        return function(q, k, v, **options)
+        seen = Attention(call, *_alike(q, grouped), weights)
+        if not self.applied:
+            self.seen.append(seen)
+            return function(q, k, v, **options)
+        # beside the values, so that a defence below is asked once, as it would have been
+        mixed, matrix = function(q, k, torch.cat([v, _one_hot(v)], -1), **options).split([v.shape[-1], v.shape[-2]], -1)
+        self.seen.append(seen._replace(applied=matrix))
+        return mixed.contiguous()  # as the function itself gives it, for whoever takes a view
 
     def soften(self, call: Call, function: Callable[[], Tensor], scores: Tensor, dim: int, dtype: Any) -> Tensor:
         product = self._products.get(scores)
         if product is not None and dim >= scores.dim() - 2:
             along = scores.movedim(dim, -1)
             queries, keys = product if dim == scores.dim() - 1 else reversed(product)
-            self.seen.append(Attention(call, queries, keys, lambda: along.softmax(-1)))
+            seen = Attention(call, queries, keys, lambda: along.softmax(-1))
+            matrix = function()
+            self.seen.append(seen._replace(applied=matrix.movedim(dim, -1)) if self.applied else seen)
+            return matrix
         return function()
 
     def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -202,6 +215,11 @@ def _einsum_factors(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
     return factors[0], factors[1]
 
 
+def _one_hot(tokens: Tensor) -> Tensor:
+    """Values (…, n, n), one-hot: attention to them is the attention matrix itself. Of tokens (…, n, d)."""
+    return torch.eye(tokens.shape[-2], dtype=tokens.dtype, device=tokens.device).expand(*tokens.shape[:-1], -1)
+
+
 def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Both with the leading dimensions of their product."""
     lead = matrix_shape(queries, keys)[:-2]
@@ -235,15 +253,23 @@ class Located:
 
         Where the patch is so small that it lies between them, the key that is next to its middle.
         """
-        placed = ~self.keys.isnan().any(-1)
-        row, column = self.keys.nan_to_num().round().long().unbind(-1)
-        under = covered[:, row, column] & placed
+        under = _lie_under(self.keys, covered)
         rows, columns = (torch.arange(side, device=covered.device).float() for side in covered.shape[1:])
         pixels = covered.flatten(1).sum(1)
         middle = torch.stack([(covered.sum(2) * rows).sum(1) / pixels, (covered.sum(1) * columns).sum(1) / pixels], 1)
         distance = (self.keys.nan_to_num(torch.inf) - middle[:, None, None]).norm(dim=-1).flatten(1)
         nearest = F.one_hot(distance.argmin(1), distance.shape[1]).bool().view_as(under)
         return under.where(under.flatten(1).any(1)[:, None, None], nearest)
+
+    def outside(self, covered: Tensor) -> Tensor:
+        """The queries that do not lie under the covered pixels, (N, H, W) bool, or nowhere: (N, windows, queries)."""
+        return ~_lie_under(self.queries, covered)
+
+
+def _lie_under(places: Tensor, covered: Tensor) -> Tensor:
+    """Which places (windows, tokens, 2) are covered, by (N, H, W) bool: (N, windows, tokens) bool."""
+    row, column = places.nan_to_num().round().long().unbind(-1)
+    return covered[:, row, column] & ~places.isnan().any(-1)
 
 
 @torch.no_grad()

@@ -5,24 +5,35 @@ Whatever needs torch is imported inside the command that needs it, so that ``--h
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evaluation.sizes import pair as _pair
-from evaluation.sizes import place
+from evaluation.cli_shared import (
+    Device,
+    MaxIter,
+    Options,
+    Out,
+    PatchLocation,
+    PatchSize,
+    Plugins,
+    Region,
+    Size,
+    Target,
+    attack_options,
+    load_plugins,
+    parsed_option,
+    show,
+    show_table,
+    user_errors,
+)
+from evaluation.cli_understand import attention, field
+from evaluation.sizes import pair, place
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from evaluation.runfile import RunFile
 
 app = typer.Typer(
@@ -32,11 +43,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Plugins = Annotated[
-    list[str] | None,
-    typer.Option("--plugin", help="A module or a file.py that registers attacks or defences; may be repeated."),
-]
 
 
 def main() -> None:
@@ -88,7 +94,7 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Attack models under defences and show the table."""
-    with _user_errors():
+    with user_errors():
         if device not in (None, "cpu", "gpu"):
             raise ValueError(f"--device {device}: cpu or gpu")
         given = {
@@ -98,27 +104,27 @@ def evaluate(
             "target": target,
             "defences": defence,
             "images": images,
-            "size": None if size is None else _pair(size, "--size"),
+            "size": None if size is None else pair(size, "--size"),
             "batch_size": batch_size,
             "seed": seed,
             "region": region,
             "out": None if out is None else str(out),
-            "patch_shape": None if patch_size is None else _pair(patch_size, "--patch-size"),
+            "patch_shape": None if patch_size is None else pair(patch_size, "--patch-size"),
             "patch_location": None if patch_location is None else place(patch_location, "--patch-location"),
             "max_iter": max_iter,
             "device": device,
-            "options": dict(_option(text) for text in option or []),
+            "options": dict(parsed_option(text) for text in option or []),
             "keep_going": keep_going or None,
             "plugins": plugin,
         }
         run = _run_file(run_file, {name: value for name, value in given.items() if value not in (None, [])})
-        _load_plugins(run.plugins)
+        load_plugins(run.plugins)
         from evaluation.experiment import evaluate as measure
 
         results = measure(**run.arguments(), verbose=not quiet, run_file=run.to_yaml())
-    _show(results.table())
+    show(results.table())
     if run.out is not None:
-        _show(f"Rows, tables, patches and figures: {run.out}")
+        show(f"Rows, tables, patches and figures: {run.out}")
     if results.interrupted:
         raise typer.Exit(130)
     if results.left_out:
@@ -143,25 +149,14 @@ def table(
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
 ) -> None:
     """The table of a run, or of several that differ in their models, attacks or defences, from their rows alone."""
-    with _user_errors():
+    with user_errors():
         from evaluation.results import Results
 
         results = Results.joined([Results.load(run) for run in runs])
     if markdown:
         typer.echo(results.markdown())
     else:
-        _show(results.table())
-
-
-_Target = Annotated[str | None, typer.Option(help="permute, strip, untargeted or a class's number.")]
-_Out = Annotated[Path | None, typer.Option(help="Folder of the run; the same command again resumes it.")]
-_MaxIter = Annotated[int | None, typer.Option(help="Steps of the attack.")]
-_PatchSize = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, or one number for a square.")]
-_PatchLocation = Annotated[str | None, typer.Option(help="TOPxLEFT in pixels, or a corner, as lower_right.")]
-_Options = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, a further option; may be repeated.")]
-_Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH that the data are resized to.")]
-_Region = Annotated[str, typer.Option(help="Which pixels count: outside the patch, or everywhere.")]
-_Device = Annotated[str | None, typer.Option(help="cpu or gpu; a GPU where there is one, if not given.")]
+        show(results.table())
 
 
 @app.command()
@@ -169,28 +164,28 @@ def transfer(
     model: Annotated[list[str], typer.Option(help="Model by name, see `ramdefense models`; give several.")],
     data: Annotated[str, typer.Option(help="As of `ramdefense evaluate`.")],
     attack: Annotated[str, typer.Option(help="See `ramdefense attacks`.")] = "permute",
-    target: _Target = None,
+    target: Target = None,
     ensembles: Annotated[
         bool, typer.Option("--ensembles", help="Make them on all models but one at once, too, for each one.")
     ] = False,
     images: Annotated[int | None, typer.Option(help="How many, spread evenly over the data; all if not given.")] = None,
-    out: _Out = None,
-    max_iter: _MaxIter = None,
-    patch_size: _PatchSize = None,
-    patch_location: _PatchLocation = None,
-    option: _Options = None,
-    size: _Size = None,
-    region: _Region = "outside",
+    out: Out = None,
+    max_iter: MaxIter = None,
+    patch_size: PatchSize = None,
+    patch_location: PatchLocation = None,
+    option: Options = None,
+    size: Size = None,
+    region: Region = "outside",
     batch_size: Annotated[int, typer.Option(help="Images worked on at once.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the attack.")] = 0,
-    device: _Device = None,
+    device: Device = None,
     plugin: Plugins = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Make patches on each model, test them on every model, and show the matrix."""
-    with _user_errors():
-        _load_plugins(plugin)
-        options = _attack_options(option, target, patch_size, patch_location, device)
+    with user_errors():
+        load_plugins(plugin)
+        options = attack_options(option, target, patch_size, patch_location, device)
         from evaluation.transfer import transfer as run
 
         result = run(
@@ -199,7 +194,7 @@ def transfer(
             data,
             ensembles=ensembles,
             images=images,
-            size=None if size is None else _pair(size, "--size"),
+            size=None if size is None else pair(size, "--size"),
             batch_size=batch_size,
             seed=seed,
             region=region,  # type: ignore[arg-type]  # checked there
@@ -210,9 +205,9 @@ def transfer(
             **options,
         )
     if not result.interrupted:
-        _show(result.table())
+        show(result.table())
     if out is not None:
-        _show(f"Matrix, rows and patches: {out}")
+        show(f"Matrix, rows and patches: {out}")
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -223,27 +218,27 @@ def universal(
     data: Annotated[str, typer.Option(help="Frames that the patch is made on; as of `ramdefense evaluate`.")],
     test: Annotated[str, typer.Option(help="Other frames, that it is tested on.")],
     attack: Annotated[str, typer.Option(help="A patch attack, see `ramdefense attacks`.")] = "untargeted",
-    target: _Target = None,
+    target: Target = None,
     images: Annotated[int | None, typer.Option(help="How many frames to make it on; all if not given.")] = None,
     test_images: Annotated[int | None, typer.Option(help="How many frames to test it on; all if not given.")] = None,
-    out: _Out = None,
-    max_iter: _MaxIter = None,
+    out: Out = None,
+    max_iter: MaxIter = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the frames, in place of --max-iter.")] = None,
-    patch_size: _PatchSize = None,
-    patch_location: _PatchLocation = None,
-    option: _Options = None,
-    size: _Size = None,
-    region: _Region = "outside",
+    patch_size: PatchSize = None,
+    patch_location: PatchLocation = None,
+    option: Options = None,
+    size: Size = None,
+    region: Region = "outside",
     batch_size: Annotated[int, typer.Option(help="Frames in a step, and images tested at once.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the attack.")] = 0,
-    device: _Device = None,
+    device: Device = None,
     plugin: Plugins = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Make one patch for all frames, and test it on unseen ones beside a random and a grey patch."""
-    with _user_errors():
-        _load_plugins(plugin)
-        options = _attack_options(option, target, patch_size, patch_location, device)
+    with user_errors():
+        load_plugins(plugin)
+        options = attack_options(option, target, patch_size, patch_location, device)
         from evaluation.transfer import universal as run
 
         try:
@@ -255,7 +250,7 @@ def universal(
                 images=images,
                 test_images=test_images,
                 epochs=epochs,
-                size=None if size is None else _pair(size, "--size"),
+                size=None if size is None else pair(size, "--size"),
                 batch_size=batch_size,
                 seed=seed,
                 region=region,  # type: ignore[arg-type]  # checked there
@@ -269,9 +264,9 @@ def universal(
             raise typer.Exit(130) from None
     if result.results.interrupted:
         raise typer.Exit(130)
-    _show(result.table())
+    show(result.table())
     if out is not None:
-        _show(f"Patch: {out / 'patch.safetensors'}")
+        show(f"Patch: {out / 'patch.safetensors'}")
 
 
 @app.command()
@@ -282,7 +277,7 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """A patch attack on two small models and RAM against it, on drawn street scenes: no data needed."""
-    with _user_errors():
+    with user_errors():
         from evaluation.experiment import evaluate as run
         from ramdefense.defences import defence
 
@@ -299,13 +294,13 @@ def demo(
             eps_step=0.05,  # few steps, so large ones
             defence_samples=2,
         )
-    _show(results.table())
+    show(results.table())
     if results.interrupted:
         raise typer.Exit(130)
-    _show("")
+    show("")
     for sentence in results.sentences():
-        _show(sentence)
-    _show(f"\nFigures: {out / 'figures'}")
+        show(sentence)
+    show(f"\nFigures: {out / 'figures'}")
 
 
 @app.command()
@@ -316,19 +311,23 @@ def sites(
     plugin: Plugins = None,
 ) -> None:
     """Where a model attends: the places that RAM refines."""
-    with _user_errors():
-        _load_plugins(plugin)
+    with user_errors():
+        load_plugins(plugin)
         from evaluation.models import load_model
         from ramdefense.interception import attention_sites
 
-        shape = None if size is None else (3, *_pair(size, "--size"))
+        shape = None if size is None else (3, *pair(size, "--size"))
         segmenter = load_model(model, nb_classes=classes, input_shape=shape)
         found = attention_sites(segmenter.model, segmenter.input_shape)
     if not found:
-        _show(f"{model} has no attention: RAM does not apply to it.")
+        show(f"{model} has no attention: RAM does not apply to it.")
         return
     rows = [(s.name, s.kind, str(s.heads), str(s.queries), str(s.keys), s.function) for s in found]
-    _show_table(("site", "kind", "heads", "queries", "keys", "function"), rows, right=(2, 3, 4))
+    show_table(("site", "kind", "heads", "queries", "keys", "function"), rows, right=(2, 3, 4))
+
+
+app.command()(field)
+app.command()(attention)
 
 
 @app.command()
@@ -342,7 +341,7 @@ def train(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with _user_errors():
+    with user_errors():
         if not recipe.is_file():
             raise FileNotFoundError(f"no file {recipe}")
         from evaluation.training import Recipe, save
@@ -363,8 +362,8 @@ def train(
         save(model, card, target)
     for split in ("val", "test"):
         figures = card[split]
-        _show(f"{split}: mIoU {100 * figures['miou']:.1f} %, pixel accuracy {100 * figures['pixel_accuracy']:.1f} %")
-    _show(f"Written: {target.with_suffix('.safetensors')}")
+        show(f"{split}: mIoU {100 * figures['miou']:.1f} %, pixel accuracy {100 * figures['pixel_accuracy']:.1f} %")
+    show(f"Written: {target.with_suffix('.safetensors')}")
 
 
 @app.command("attacks")
@@ -373,17 +372,15 @@ def list_attacks(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list of objects.")] = False,
 ) -> None:
     """The attacks by name."""
-    with _user_errors():
-        _load_plugins(plugin)
+    with user_errors():
+        load_plugins(plugin)
         from attacks.catalogue import attacks
 
     if as_json:
         listed = [{f.name: getattr(e, f.name) for f in fields(e) if f.name != "factory"} for e in attacks().values()]
         typer.echo(json.dumps(listed, indent=2))
         return
-    _show_table(
-        ("attack", "what it does", "source"), [(e.name, e.summary, _cited(e.paper)) for e in attacks().values()]
-    )
+    show_table(("attack", "what it does", "source"), [(e.name, e.summary, _cited(e.paper)) for e in attacks().values()])
 
 
 def _cited(paper: str) -> str:
@@ -395,18 +392,18 @@ def _cited(paper: str) -> str:
 @app.command("defences")
 def list_defences(plugin: Plugins = None) -> None:
     """The defences by name."""
-    with _user_errors():
-        _load_plugins(plugin)
+    with user_errors():
+        load_plugins(plugin)
         from ramdefense.defences import defence, defences
 
     rows = [(name, (defence(name).__doc__ or "").strip().partition("\n")[0]) for name in defences()]
-    _show_table(("defence", "what it does"), rows)
+    show_table(("defence", "what it does"), rows)
 
 
 @app.command("models")
 def list_models() -> None:
     """The models that ship, and how to name others."""
-    with _user_errors():
+    with user_errors():
         from evaluation.models import KINDS, zoo
 
     rows = [
@@ -419,103 +416,8 @@ def list_models() -> None:
         )
         for name, card in zoo().items()
     ]
-    _show_table(("model", "size", "weights", "val mIoU %", "test mIoU %"), rows, right=(2, 3, 4))
-    _show(f"A model is {KINDS}.", markup=False)
-
-
-# --------------------------------------------------------------------------------------------------------- helpers
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """What the user can mend is one line and exit code 2; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        from rich.console import Console
-
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print("[bold red]error:[/bold red] ", end="")
-        console.print(" ".join(str(error).split()), markup=False)
-        raise typer.Exit(2) from error
-
-
-def _load_plugins(plugins: list[str] | None) -> None:
-    """Import each module or file once; its decorators do the rest."""
-    for name in plugins or []:
-        if not name.endswith(".py"):
-            try:
-                importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name != name.partition(".")[0] and error.name != name:
-                    raise  # the plug-in is there; what it imports is not
-                raise ValueError(f"--plugin {name}: no such module; a file ends with .py") from error
-            continue
-        path = Path(name).resolve()
-        if not path.is_file():
-            raise FileNotFoundError(f"--plugin {name}: no such file")
-        module_name = f"ramdefense_plugin_{path.stem}"
-        held = sys.modules.get(module_name)
-        if held is not None and getattr(held, "__file__", None) == str(path):
-            continue
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"--plugin {name}: no Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        spec.loader.exec_module(module)
-
-
-def _attack_options(
-    option: list[str] | None,
-    target: str | None,
-    patch_size: str | None,
-    patch_location: str | None,
-    device: str | None,
-) -> dict[str, Any]:
-    """The options of an attack that have switches of their own, and the others."""
-    if device not in (None, "cpu", "gpu"):
-        raise ValueError(f"--device {device}: cpu or gpu")
-    options: dict[str, Any] = dict(_option(text) for text in option or [])
-    if target is not None:
-        options["target"] = target
-    if patch_size is not None:
-        options["patch_shape"] = _pair(patch_size, "--patch-size")
-    if patch_location is not None:
-        options["patch_location"] = place(patch_location, "--patch-location")
-    return options
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """``"eps_step=0.05"`` → ``("eps_step", 0.05)``; values are read as YAML."""
-    import yaml
-
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip().isidentifier():
-        raise ValueError(f"--option {text}: NAME=VALUE, as in eps_step=0.05")
-    try:
-        return name.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--option {text}: the value is no YAML") from error
-
-
-def _show(what: RenderableType, *, markup: bool = True) -> None:
-    from rich.console import Console
-
-    Console(highlight=False).print(what, markup=markup)
-
-
-def _show_table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    _show(table)
+    show_table(("model", "size", "weights", "val mIoU %", "test mIoU %"), rows, right=(2, 3, 4))
+    show(f"A model is {KINDS}.", markup=False)
 
 
 if __name__ == "__main__":

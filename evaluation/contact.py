@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +25,21 @@ def takes(function: Callable[..., Any], name: str) -> bool:
         return name in left_open
     parameters = inspect.signature(function).parameters
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def with_options(
+    name: str, factory: Callable[..., Any], options: Mapping[str, Any]
+) -> Callable[[PyTorchSegmenter], Any]:
+    """The factory with the options that it takes, as ``evaluate`` gives them.
+
+    Raises:
+        ValueError: an option that the attack does not have, other than those that every attack is offered.
+    """
+    always = ("seed", "batch_size", "verbose")
+    unknown = [option for option in options if not takes(factory, option) and option not in always]
+    if unknown:
+        raise ValueError(f"option {unknown[0]!r}: attack {name!r} does not have it, or sets it itself")
+    return functools.partial(factory, **{option: value for option, value in options.items() if takes(factory, option)})
 
 
 def generate(attack: Any, x: NDArray[np.float32], y: NDArray[np.int64], images: Sequence[int]) -> NDArray[np.float32]:

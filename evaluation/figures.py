@@ -5,7 +5,6 @@ Drawn with matplotlib's objects and its Agg canvas, never with pyplot: nothing g
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evaluation.files import write_figure
 from evaluation.frames import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -72,7 +72,6 @@ def save_figure(
         classes, colors: names and RGB (0–255) of the classes.
         title: a line over the figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch as Swatch
 
@@ -82,7 +81,6 @@ def save_figure(
     high = wide * height / width
     size = left + 5 * (wide + gap), top + len(panels) * (high + gap) + bottom
     figure = Figure(figsize=size)
-    canvas = FigureCanvasAgg(figure)
     figure.text(0.5, 1 - 0.12 / size[1], title, ha="center", va="top", fontsize=11)
     axes = figure.subplots(
         len(panels),
@@ -123,11 +121,7 @@ def save_figure(
     if mask is not None:
         swatches.append(Swatch(facecolor="none", edgecolor=_OUTLINE, label="patch"))
     figure.legend(handles=swatches, loc="lower center", ncols=min(len(swatches), 14), fontsize=8, frameon=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    canvas.print_png(part, metadata={"Software": None})
-    part.replace(path)
+    write_figure(Path(path), figure)
 
 
 def _outline(axis: Any, mask: Array) -> None:

@@ -11,7 +11,10 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PART = re.compile(r"\.(?P<pid>\d{1,9})(?:@(?P<host>.+))?\.part$")
 #: The headers of files that were written before files had checksums.
@@ -75,6 +78,16 @@ def _alive(pid: int) -> bool:
 def checksum(content: bytes) -> str:
     """SHA-256, hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """A figure as PNG, the same bytes for the same figure; its folder is made."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}@{platform.node()}.part")
+    FigureCanvasAgg(figure).print_png(part, metadata={"Software": None})
+    part.replace(path)
 
 
 def write_lines(path: Path, header: dict[str, Any], lines: Iterable[str] = ()) -> None:

@@ -23,7 +23,7 @@ from attacks.patch import Patch
 from attacks.streams import stream
 from attacks.universal import UniversalPatchAttack
 from evaluation.changes import Changes
-from evaluation.contact import takes, target_map
+from evaluation.contact import target_map, with_options
 from evaluation.datasets import load_data
 from evaluation.experiment import CHUNK, evaluate
 from evaluation.files import write_whole
@@ -141,7 +141,7 @@ def transfer(
         if made.interrupted or not variants:
             return Transfer(name, Results([], frames.classes, interrupted=made.interrupted), made.skipped)
         store = Store(Path(folder) / "made", frames.classes)
-        original = _factory(name, factory, {**options, "seed": seed, "batch_size": batch_size, "verbose": False})
+        original = with_options(name, factory, {**options, "seed": seed, "batch_size": batch_size, "verbose": False})
         replays = {
             source: Replay(
                 _from_store(store, Cell(source, NONE, name, variant, 0), indices),
@@ -293,7 +293,7 @@ def universal(
         raise ValueError(f"train has the classes {list(seen.classes)[:3]}, …, test {list(unseen.classes)[:3]}, …")
     options = {key: value for key, value in attack_options.items() if value is not None}
     given = {**options, "seed": seed, "batch_size": batch_size, "verbose": verbose}
-    original = _factory(name, factory, given)(segmenter)
+    original = with_options(name, factory, given)(segmenter)
     try:
         fitted = UniversalPatchAttack.like(original)
     except TypeError as error:
@@ -401,15 +401,6 @@ def _one(attack: str | Mapping[str, AttackFactory]) -> tuple[str, AttackFactory]
     if len(factories) != 1:
         raise ValueError(f"{len(factories)} attacks ({', '.join(factories)}); exactly one")
     return next(iter(factories.items()))
-
-
-def _factory(name: str, factory: AttackFactory, options: Mapping[str, Any]) -> Callable[[PyTorchSegmenter], Any]:
-    """The factory with the options that it takes, as ``evaluate`` gives them."""
-    always = ("seed", "batch_size", "verbose")
-    unknown = [option for option in options if not takes(factory, option) and option not in always]
-    if unknown:
-        raise ValueError(f"option {unknown[0]!r}: attack {name!r} does not have it, or sets it itself")
-    return functools.partial(factory, **{option: value for option, value in options.items() if takes(factory, option)})
 
 
 def _shared_start(names: Sequence[str]) -> str:

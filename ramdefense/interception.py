@@ -480,7 +480,7 @@ class _Probe(Watch):
         results = [result for result in _tensors((output,)) if result is not weights]
         if not results:
             if _mixes(name, trace.position) or _gates(name, args, weights):  # in place
-                del self._traces[weights]
+                self._traces.pop(weights, None)  # with out= it stands among the arguments twice
             return
         if name in _MOVES:
             moved = func(*_replaced(args, weights, trace.position), **_replaced(kwargs, weights, trace.position))

@@ -20,7 +20,8 @@ from attacks.optimize import make_patch
 from attacks.options import PatchOptions, PixelOptions
 from attacks.patch import paste, rectangle
 from attacks.terms import Forward
-from ramdefense import PyTorchSegmenter, RAMDefense, harden
+from ramdefense import PyTorchSegmenter, RAMDefense, harden, refine
+from ramdefense.streams import keep_mask
 from ramdefense.traits import conditions
 
 ROWS, COLUMNS = 4, 5  # of tokens of 4×4 pixels on SHAPE
@@ -245,6 +246,46 @@ def test_a_model_of_which_a_part_is_hardened() -> None:
         torch.testing.assert_close(attention.weights().sum(-1), torch.ones(attention.queries.shape[:-1]))
 
 
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_the_applied_matrix_is_what_a_defence_makes_of_it(name: str) -> None:
+    """In every spelling MAS and RAD of the scores, with the mask of that draw and those images; without a defence the
+    plain matrix. What the model computes stays."""
+    plain, images, streams = spelled(name), random_images(3), (5, 2, 9)
+    hard = harden(plain, max_attention="2/N", dropout=0.3, example=SHAPE).eval()
+    q, k = of_tiny(plain, images)
+    scores = q @ k.mT * SCALE * 4  # far from uniform, so that the bound acts
+    with torch.no_grad():
+        plain.qkv.weight[: 2 * WIDTH].mul_(2)
+        plain.qkv.bias[: 2 * WIDTH].mul_(2)
+        hard.model.load_state_dict(plain.state_dict())
+    keep = keep_mask(scores.shape, 0.3, seed=0, draw=3, images=streams, site="")
+    refined = refine(scores, max_attention="2/N", suppression="cap", dropout=0.3, keep=keep)
+    assert (refined - scores.softmax(-1)).abs().max() > 0.05
+    for model, expected in ((plain, scores.softmax(-1)), (hard, refined)):
+        with conditions(model, images=streams, draw=3):
+            unwatched = model(images)
+            with watching(model, applied=True) as seen:
+                torch.testing.assert_close(model(images), unwatched)
+        (attention,) = seen
+        assert attention.applied is not None
+        torch.testing.assert_close(attention.applied.reshape(scores.shape), expected)
+        torch.testing.assert_close(attention.weights().reshape(scores.shape), scores.softmax(-1))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_the_applied_matrix_inside_multi_head_attention(need_weights: bool) -> None:
+    sharp = sharpened(MultiHead(need_weights), 4.0)
+    model = harden(sharp, max_attention="1.2/N", dropout=0, example=SHAPE).eval()
+    unwatched = model(random_images(2))
+    with watching(model, applied=True) as seen:
+        torch.testing.assert_close(model(random_images(2)), unwatched)
+    (attention,) = seen
+    assert attention.applied is not None
+    assert attention.weights().amax() > 1.3 / 20
+    torch.testing.assert_close(attention.applied.amax(), torch.tensor(1.2 / 20))
+    assert all(a.applied is None for a in seen_by(model, random_images(2))), "only where it is asked for"
+
+
 # --------------------------------------------------------------------------------------------------------- places
 
 
@@ -346,6 +387,8 @@ def test_keys_under_a_patch() -> None:
     assert under.shape == (2, 1, 20)
     assert under[0, 0].nonzero()[:, 0].tolist() == [7, 12]
     assert under[1, 0].nonzero()[:, 0].tolist() == [10]  # no centre is covered: the nearest
+    assert (~places.outside(covered))[0, 0].nonzero()[:, 0].tolist() == [7, 12]
+    assert places.outside(covered)[1].all(), "no query is covered, and none is taken in its place"
     placeless = Located(HEADS, places.queries, places.keys.clone())
     placeless.keys[0, [7, 10]] = torch.nan
     assert placeless.under(covered)[0, 0].nonzero()[:, 0].tolist() == [12]

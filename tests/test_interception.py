@@ -460,6 +460,20 @@ def test_non_local_block_in_every_spelling(softmax: str, product: str) -> None:
     assert torch.equal(harden(model, max_attention=1.0, dropout=0.0)(images), model(images))
 
 
+def test_a_gate_that_is_written_over_the_softmax_is_no_attention() -> None:
+    """With out= the softmax's result stands among the arguments twice."""
+
+    class Gated(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(2).mT
+            weights = (tokens @ tokens.mT).softmax(-1)
+            return torch.mul(weights, tokens @ tokens.mT, out=weights) @ tokens
+
+    with pytest.raises(ValueError, match="no attention was found"):
+        harden(Gated(), example=(3, 4, 4))
+    assert attention_sites(Gated(), (3, 4, 4)) == []
+
+
 class Classes(nn.Module):
     """A softmax over classes and one over channels, in several ways that are not attention, beside one that is."""
 
