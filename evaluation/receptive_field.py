@@ -44,7 +44,7 @@ _AXES = {
 
 
 def centre(shape: Sequence[int]) -> tuple[int, int]:
-    """Row and column of the central pixel of (…, H, W): (H // 2, W // 2), so of an even side the one after its middle."""
+    """Row and column of the central pixel of (…, H, W): (H // 2, W // 2), of an even side the one after its middle."""
     return shape[-2] // 2, shape[-1] // 2
 
 

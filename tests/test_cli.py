@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from attacks import catalogue
-from evaluation import cli, experiment, models
+from evaluation import experiment, models
 from evaluation.cli import app
+from evaluation.sizes import pair
 from ramdefense import defences
 
 PLUGIN = '''
@@ -227,4 +228,4 @@ def test_demo_ends_with_the_table_a_sentence_and_the_figures(monkeypatch: pytest
 
 def test_pairs() -> None:
     expected = {"40": (40, 40), "40x60": (40, 60), "40×60": (40, 60), "4X6": (4, 6)}
-    assert {text: cli._pair(text, "--size") for text in expected} == expected
+    assert {text: pair(text, "--size") for text in expected} == expected
