@@ -527,8 +527,9 @@ def test_a_placement_finds_a_place_on_each_image(
     asked = []
 
     def by_stream(
-        victim: Any, images: Tensor, reference: Tensor, shape: Any, *, objective: Any, streams: Any
+        victim: Any, images: Tensor, reference: Tensor, shape: Any, *, objective: Any, streams: Any, undefended: bool
     ) -> Tensor:
+        assert not undefended
         assert images.shape[-2:] == reference.shape[-2:] == SHAPE[1:]
         assert callable(objective)
         asked.append(streams)
