@@ -74,9 +74,8 @@ def bootstrap(
     Raises:
         ValueError: no image, a level outside (0, 1), no resample, an unknown method.
     """
-    # BCa is the default: where a class occurs in few images, mIoU is biased upwards in resamples (a resample without
-    # the class leaves a poor IoU out of the mean) and the percentiles with it; for the success rate the two hardly
-    # differ. docs/evaluation.md, "Uncertainty", has measured coverages.
+    # BCa is the default: a success rate over few images is skewed (some are fooled widely, most hardly), and its
+    # intervals then hold the truth more often; over many images the two hardly differ (docs, "Uncertainty").
     if not 0 < level < 1:
         raise ValueError(f"level={level}: a confidence between 0 and 1, for example 0.95")
     if resamples < 1:

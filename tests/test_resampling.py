@@ -42,31 +42,23 @@ def test_intervals_cover_the_truth_as_often_as_they_say(method: str) -> None:
     rng = np.random.default_rng(0)
     for level, low, high in ((0.95, 0.90, 0.98), (0.5, 0.42, 0.58)):
         found = [
-            bootstrap(shares(rng, 40), rate, level=level, resamples=250, seed=k, method=method)  # type: ignore[arg-type]
+            bootstrap(shares(rng, 40), rate, level=level, resamples=200, seed=k, method=method)  # type: ignore[arg-type]
             for k in range(300)
         ]
         covered = np.mean([i.low[0] <= 0.25 <= i.high[0] for i in found])
         assert low <= covered <= high, f"{covered} of the {level} intervals hold the truth"
 
 
-def test_the_bias_of_a_rare_class_is_corrected_for() -> None:
-    """A resample without the rare class leaves its poor IoU out of the mean: percentiles lie too high, BCa's do not."""
+def test_bca_covers_a_skewed_rate_more_often() -> None:
+    """Few images fooled widely, most hardly: where the percentiles fall short, BCa falls less short."""
     rng = np.random.default_rng(0)
-
-    def pictures(images: int) -> np.ndarray:
-        present = rng.random((images, 4)) < [1, 1, 0.1, 0.1]
-        labels = rng.poisson(present * rng.gamma(2, 200, (images, 4)))
-        hit = rng.binomial(labels, [0.9, 0.8, 0.1, 0.05])
-        return np.stack([hit, labels, hit + rng.poisson(20, (images, 4)) * [1, 1, 0, 0]], axis=1)
-
-    truth = miou(pictures(200_000).sum(axis=0)[None])[0, 0]
-    data = [pictures(25) for _ in range(150)]
-    missed_above = {
-        method: np.mean([bootstrap(x, miou, resamples=200, seed=k, method=method).low[0] > truth
-                         for k, x in enumerate(data)])
-        for method in ("percentile", "bca")
-    }  # fmt: skip
-    assert missed_above["bca"] < 0.8 * missed_above["percentile"], missed_above
+    data = [shares(rng, 15, a=0.3, b=4) for _ in range(300)]
+    truth = 0.3 / 4.3
+    missed = {}
+    for method in METHODS:
+        found = [bootstrap(x, rate, resamples=250, seed=k, method=method) for k, x in enumerate(data)]  # type: ignore[arg-type]
+        missed[method] = sum(not i.low[0] <= truth <= i.high[0] for i in found)
+    assert missed["bca"] < 0.9 * missed["percentile"], missed
 
 
 @pytest.mark.parametrize(("method", "name"), [("bca", "BCa"), ("percentile", "percentile")])
@@ -236,7 +228,7 @@ def test_holm_by_hand() -> None:
 
 
 @given(
-    st.lists(st.floats(0, 1) | st.sampled_from([0.01, 0.02]), min_size=1, max_size=8),
+    st.lists(st.floats(0, 1) | st.sampled_from([0.01, 0.02]), min_size=1, max_size=6),
     st.sampled_from([0.01, 0.05, 0.2]),
 )
 @settings(max_examples=100, deadline=None)
