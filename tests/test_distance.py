@@ -17,7 +17,7 @@ IGNORE = 255
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.02, 0.2, 0.7]))
 @settings(max_examples=80, deadline=None)
-def test_distance_is_that_of_the_nearest_pixel_under_the_patch(seed: int, height: int, width: int, share: float) -> None:
+def test_distance_is_to_the_nearest_pixel_under_the_patch(seed: int, height: int, width: int, share: float) -> None:
     rng = np.random.default_rng(seed)
     mask = rng.random((height, width)) < share
     mask[rng.integers(height), rng.integers(width)] = True

@@ -118,6 +118,7 @@ def test_what_rests_on_one_image_has_no_interval() -> None:
     found = bootstrap([[3, 4]], rate)
     assert found.estimate[0] == 0.75
     assert np.isnan([found.low[0], found.high[0]]).all()
+    assert np.isnan(bootstrap([[3, 4]], lambda sums: sums)[1:]).all(), "whether or not it is defined without the image"
     # a class that one image of three holds: without it there is nothing to vary
     per_class = bootstrap(
         [[[3, 2], [4, 5]], [[1, 0], [4, 0]], [[2, 0], [4, 0]]], lambda s: rate(np.moveaxis(s, 2, 1).reshape(-1, 2))
