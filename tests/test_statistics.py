@@ -190,7 +190,7 @@ def test_intervals_are_fast() -> None:
 
 
 def test_paired_differences_by_hand() -> None:
-    """Three images, fooled wholly without the defence and not at all with it: p is 2 / 2³, and three rows correct it."""
+    """Three images, fooled wholly without the defence and not at all with it: p is 2 / 2³; three rows correct it."""
     records = []
     for image in range(3):
         fooled, safe = record(image, 1.0), record(image, 0.0, defence="ram")
