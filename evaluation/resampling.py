@@ -22,6 +22,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 #: Resamples whose sums are held at once, so that many classes and many images take no memory to speak of.
 _BLOCK = 512
+#: z0 from which on the correction for bias is not believed: less than 2.5 % of the resamples on one side.
+_STRONG = float(ndtri(0.975))
 #: Two figures, all of them shares or differences of shares, that are this close are the same.
 _SAME = 1e-12
 
@@ -50,8 +52,8 @@ def bootstrap(
         ``"bca"``: other quantiles of the same, which allow for bias and for a standard error that changes with the
         figure (Efron, "Better Bootstrap Confidence Intervals", JASA 1987; equations 14.9–14.15 of Efron and Tibshirani,
         1993): z0 from the share of resampled figures below the estimate (half of those equal to it), the acceleration
-        from leaving out one image at a time. Where the estimate lies beyond all resamples, z0 is infinite and the
-        percentiles are taken.
+        from leaving out one image at a time. Where less than 2.5 % of the resampled figures lie on one side of the
+        estimate the percentiles are taken.
 
         Resamples in which a figure is not defined (a class that none of their images has) are left out for this figure.
         An interval that would miss the estimate is widened up to it.
@@ -104,12 +106,16 @@ def bootstrap(
 def _corrected(ends: Floats, values: Floats, estimate: float, without: Floats) -> Floats:
     """The quantiles that BCa takes in place of the plain ones."""
     bias = ndtri(((values < estimate).mean() + (values <= estimate).mean()) / 2)
+    if abs(bias) >= _STRONG:
+        # z0 counts twice: a strong bias, known from a handful of resamples or none, would leave the interval's end alone
+        return ends
     deviations = without.mean() - without
     scale = 6 * (deviations**2).sum() ** 1.5
     acceleration = (deviations**3).sum() / scale if scale > 0 else 0.0
     shifted = bias + ndtri(ends)
     stretch = 1 - acceleration * shifted
-    return ndtr(bias + shifted / stretch) if np.isfinite(bias) and (stretch > 0).all() else ends
+    # beyond the pole, which only extreme levels reach, the formula turns round
+    return ndtr(bias + shifted / stretch) if (stretch > 0).all() else ends
 
 
 def permutation_test(

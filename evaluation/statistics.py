@@ -210,10 +210,12 @@ def worst_over_attacks(results: Results | Iterable[Record]) -> Results:
         if units:
             aim = (_threat(attack), tuple((unit, _fingerprint(units[unit])) for unit in sorted(units)))
             families.setdefault((model, defence, aim), {})[attack] = list(units.values())
+    # one order for all, or a family would have other names under other defences
+    order = list(dict.fromkeys(record.attack for record in results.records))
     records = []
     for members in families.values():
         if len(members) > 1:
-            name = f"worst of {', '.join(members)}"
+            name = f"worst of {', '.join(sorted(members, key=order.index))}"
             records += [
                 dataclasses.replace(
                     r, attack=name, variant=ENSEMBLE, steps=None, forwards=None, backwards=None, seconds=None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -139,6 +140,18 @@ def test_an_estimate_beyond_all_resamples_is_still_held() -> None:
     found = bootstrap(counts, miou, resamples=300)
     assert found.low[0] == found.estimate[0] == pytest.approx(1 / (images + 1))
     assert found.high[0] > found.estimate[0]
+    for lucky in (0, 50):  # one image unlike the others, the worse or the better one: a figure that is skewed
+        counts[:, 0, 0] = 100 - lucky
+        counts[0, 0, 0] = 50 + lucky
+        skewed = bootstrap(counts, miou, resamples=300)
+        percentile = bootstrap(counts, miou, resamples=300, method="percentile")
+        assert skewed.low[0] == skewed.estimate[0] < skewed.high[0] == percentile.high[0]
+
+
+def test_an_extreme_level_of_a_skewed_figure_is_no_narrower() -> None:
+    data = [[0, 100]] * 59 + [[100, 100]]
+    usual, extreme = (bootstrap(data, rate, level=level, resamples=500) for level in (0.95, 1 - 1e-14))
+    assert extreme.low[0] <= usual.low[0] < usual.high[0] <= extreme.high[0]
 
 
 # ------------------------------------------------------------------------------------------------- permutation tests
@@ -185,6 +198,31 @@ def test_p_values_agree_with_scipy() -> None:
     assert permutation_test(one, other, rate, permutations=256)[0] == pytest.approx(theirs.pvalue), "2^8 are all"
 
 
+def test_ties_are_ties_whatever_the_rounding() -> None:
+    """A mean of three classes' rates, small numbers, so that many permutations tie; the same in fractions."""
+    rng = np.random.default_rng(8)
+    for _ in range(300):
+        totals = rng.integers(1, 4, (4, 3)) + np.zeros((2, 1, 1), dtype=np.int64)  # sides, images, classes
+        sides = np.stack([rng.integers(0, totals + 1), totals], axis=2)  # sides, images, (hits, totals), classes
+
+        def mean_rate(counts: np.ndarray) -> Fraction:
+            hits, pixels = counts.sum(axis=0).tolist()
+            return sum((Fraction(h, n) for h, n in zip(hits, pixels, strict=True)), Fraction()) / 3
+
+        found = [
+            abs(mean_rate(sides[1 - np.array(which), range(4)]) - mean_rate(sides[np.array(which), range(4)]))
+            for which in itertools.product((0, 1), repeat=4)
+        ]
+        p = permutation_test(*sides, lambda s: (s[:, 0] / s[:, 1]).mean(axis=1, keepdims=True))[0]
+        assert p == sum(value >= found[0] for value in found) / 16
+
+
+def test_what_is_not_defined_has_no_p_value() -> None:
+    assert np.isnan(permutation_test([[1, 2], [1, 2]], [[0, 0], [0, 0]], rate)).all()
+    # swapping one of these two images alone leaves nothing on one side, which counts as far
+    assert permutation_test([[2, 2], [0, 0]], [[0, 0], [1, 2]], rate).tolist() == [1.0]
+
+
 @pytest.mark.parametrize("permutations", [9999, 99])
 def test_p_values_are_uniform_where_there_is_nothing_to_find(permutations: int) -> None:
     """Both sides of an image drawn alike, exact (2^8) and by chance (99): P(p ≤ α) is α at most, and hardly less."""
@@ -201,6 +239,8 @@ def test_p_values_are_small_where_there_is_something() -> None:
     rng = np.random.default_rng(7)
     p = permutation_test(shares(rng, 12, a=6, b=2), shares(rng, 12), rate)[0]
     assert p == pytest.approx(2 / 2**12, abs=8 / 2**12)
+    many = permutation_test(shares(rng, 60, a=6, b=2), shares(rng, 60), rate, permutations=99)[0]
+    assert many == 1 / 100, "the one found counts among the random ones, so it is never 0"
 
 
 @given(counts_of_images, st.integers(0, 2**32 - 1), st.integers(1, 50))

@@ -311,12 +311,16 @@ def test_the_worst_attack_counts_for_each_image_before_averaging() -> None:
         for defence in ("none", "ram")
         for image in range(6)
     ]
+    records = [r for r in records if r.defence == "none"] + [r for r in records if r.defence == "ram"][::-1]
     together = worst_over_attacks(results(*records))
     assert {r.attack for r in together.records} == {"worst of a, b"}
     assert together.summary()["success"].tolist() == [1.0, 1.0]
     assert results(*records).summary()["success"].max() < 0.7
     assert (paired_differences(together, figures=["success"])["difference"] == 0).all(), "defences keep their pairs"
     assert len(intervals(together)) == 2
+    inapplicable = [Skipped("m", "crf", "no attention"), Skipped("m", "none", "no attention", attack="c")]
+    noted = worst_over_attacks(results(*records, skipped=inapplicable)).summary()
+    assert rows(noted, "attack", "defence")[2:] == [{"attack": "worst of a, b", "defence": "crf"}]
     for r in together.records:
         assert r.to_json(), "can be written as any other record"
         assert r.steps is None
@@ -338,8 +342,16 @@ def test_attacks_with_other_aims_are_not_mixed() -> None:
     records = [record(i, 0.5, attack="a") for i in range(4)]
     for name, options in others.items():
         assert worst_over_attacks(records + [record(i, 0.9, attack=name, **options) for i in range(4)]).records == []
+    # as many pixels of a single target class, but not the same pixels
+    corners = [np.ones(SIZE, dtype=bool), np.ones(SIZE, dtype=bool)]
+    corners[0][:3, :3] = corners[1][-3:, -3:] = False
+    house = np.ones(SIZE, dtype=np.int64)
+    moved = [record(i, 0.5, attack=f"{k}", target=house, counted=c) for i in range(4) for k, c in enumerate(corners)]
+    assert worst_over_attacks(moved).records == []
     fewer = [record(i, 0.9, attack="unfinished") for i in range(3)]
     assert worst_over_attacks(records + fewer).records == []
+    shifted = [dataclasses.replace(r, attack="shifted", image=r.image + 1) for r in records]
+    assert worst_over_attacks(records + shifted).records == []
     # the one that differs in a single image does not fit in, and keeps nobody else from it
     odd = [record(i, 0.9, attack="odd", **(others["other-target"] if i == 2 else {})) for i in range(4)]
     twin = [record(i, 0.8, attack="twin", variant=v) for i in range(4) for v in ("plain", "transfer")]
