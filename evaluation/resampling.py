@@ -107,7 +107,7 @@ def _corrected(ends: Floats, values: Floats, estimate: float, without: Floats) -
     """The quantiles that BCa takes in place of the plain ones."""
     bias = ndtri(((values < estimate).mean() + (values <= estimate).mean()) / 2)
     if abs(bias) >= _STRONG:
-        # z0 counts twice: a strong bias, known from a handful of resamples or none, would leave the interval's end alone
+        # z0 counts twice: a strong bias, known from a handful of resamples or none, would leave no width
         return ends
     deviations = without.mean() - without
     scale = 6 * (deviations**2).sum() ** 1.5
