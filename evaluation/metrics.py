@@ -10,6 +10,7 @@ under the patch: what a model says about the patch itself is no effect of the pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import numpy as np
@@ -84,33 +85,86 @@ def merge(counts: ArrayLike) -> Counts:
     return array.reshape(-1, *array.shape[-2:]).sum(axis=0)
 
 
-def _share(part: float, whole: float) -> float:
-    return float(part / whole) if whole else float("nan")
+def margins(counts: ArrayLike) -> Counts:
+    """All that any figure needs of confusion counts, 3·C numbers out of C²; like them, they may be summed over images.
+
+    Shape:
+        ``(..., C, C)`` → ``(..., 3, C)``: for each class the pixels where reference and prediction agree on it, those
+        of the reference and those of the prediction.
+    """
+    array = np.asarray(counts, dtype=np.int64)
+    return np.stack([np.diagonal(array, axis1=-2, axis2=-1), array.sum(axis=-1), array.sum(axis=-2)], axis=-2)
+
+
+def _ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[np.float64]:
+    """Part / whole, element by element; NaN where the whole is 0."""
+    above, below = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    return np.divide(above, below, out=np.full(np.broadcast_shapes(above.shape, below.shape), np.nan), where=below != 0)
+
+
+def accuracies(of: ArrayLike) -> NDArray[np.float64]:
+    """``pixel_accuracy`` from margins, ``(..., 3, C)`` → ``(...)``."""
+    array = np.asarray(of)
+    return _ratio(array[..., 0, :].sum(axis=-1), array[..., 1, :].sum(axis=-1))
+
+
+def class_ious(of: ArrayLike) -> NDArray[np.float64]:
+    """``class_iou`` from margins, ``(..., 3, C)`` → ``(..., C)``."""
+    hit, reference, predicted = np.moveaxis(np.asarray(of), -2, 0)
+    return _ratio(hit, reference + predicted - hit)
+
+
+def mean_ious(of: ArrayLike) -> NDArray[np.float64]:
+    """``mean_iou`` from margins, ``(..., 3, C)`` → ``(...)``."""
+    values = class_ious(of)
+    seen = ~np.isnan(values)
+    return _ratio(np.where(seen, values, 0).sum(axis=-1), seen.sum(axis=-1))
+
+
+def figures(parts: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float64]]:
+    """Every figure of an evaluation, from margins of sums; of many sums at once, as resampling needs it.
+
+    Args:
+        parts: the margins of a record's counts, under the names that they have there (``evaluation.results.Record``):
+            clean, whole, adversarial, changed and, for an attack with a target, aim and aim_clean.
+
+    Shape:
+        every part ``(..., 3, C)``; every figure ``(...)``, NaN where it is not defined.
+    """
+    clean, adversarial = parts["clean"], parts["adversarial"]
+    targeted = "aim" in parts
+    return {
+        "success": accuracies(parts["aim"]) if targeted else 1 - accuracies(adversarial),
+        "clean_success": accuracies(parts["aim_clean"]) if targeted else 1 - accuracies(clean),
+        "target_miou": mean_ious(parts["aim"]) if targeted else np.full_like(accuracies(clean), np.nan),
+        "adversarial_miou": mean_ious(adversarial),
+        "pixel_accuracy": accuracies(adversarial),
+        "iou_ratio": _ratio(mean_ious(adversarial), mean_ious(clean)),
+        "changed": 1 - accuracies(parts["changed"]),
+        "clean_miou": mean_ious(parts["whole"]),
+        "clean_region_miou": mean_ious(clean),
+        "clean_pixel_accuracy": accuracies(clean),
+    }
 
 
 def pixel_accuracy(counts: Counts) -> float:
     """Counted pixels predicted as the reference / counted pixels; NaN where nothing is counted."""
-    return _share(float(np.trace(counts)), float(counts.sum()))
+    return float(accuracies(margins(counts)))
 
 
 def class_iou(counts: Counts) -> NDArray[np.float64]:
     """Intersection over union of each class, ``(C,)``; NaN for a class absent from both reference and prediction."""
-    hit = np.diagonal(counts).astype(np.float64)
-    union = counts.sum(0) + counts.sum(1) - hit
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(union > 0, hit / union, np.nan)
+    return class_ious(margins(counts))
 
 
 def mean_iou(counts: Counts) -> float:
     """Mean of ``class_iou`` over the classes that occur in the reference or in the prediction; NaN if none does."""
-    values = class_iou(counts)
-    seen = ~np.isnan(values)
-    return float(values[seen].mean()) if seen.any() else float("nan")
+    return float(mean_ious(margins(counts)))
 
 
 def iou_ratio(adversarial: Counts, clean: Counts) -> float:
     """mIoU under attack / clean mIoU of the same model (Arnab et al., CVPR 2018); NaN where the latter is 0."""
-    return _share(mean_iou(adversarial), mean_iou(clean))
+    return float(_ratio(mean_iou(adversarial), mean_iou(clean)))
 
 
 def success_rate(target: Counts) -> float:
