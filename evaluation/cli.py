@@ -160,6 +160,36 @@ def table(
 
 
 @app.command()
+def intervals(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, finished or not.")],
+    level: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
+    resamples: Annotated[int, typer.Option(help="Of the images.")] = 2000,
+    out: Annotated[Path | None, typer.Option(help="Folder for intervals.csv and differences.csv.")] = None,
+) -> None:
+    """How sure a run is: intervals over images, and what each defence gains on the same images, with p-values."""
+    with user_errors():
+        from evaluation import statistics
+        from evaluation.files import write_whole
+        from evaluation.results import Results
+        from evaluation.tables import uncertain_rows
+
+        results = Results.joined([Results.load(run) for run in runs])
+        figures = statistics.intervals(results, level=level, resamples=resamples)
+        differences = statistics.paired_differences(results, level=level, resamples=resamples)
+        if out is not None:
+            write_whole(out / "intervals.csv", figures.to_csv(index=False))
+            write_whole(out / "differences.csv", differences.to_csv(index=False))
+    headings = ("model", "attack", "defence", "fooled", "interval", "gain", "interval", "p")
+    show_table(headings, uncertain_rows(figures, differences), right=(3, 4, 5, 6, 7))
+    show(
+        f"All in % but p. interval: {level:.0%}, over images. gain: what the defence takes off, on the same images.\n"
+        "p: of a paired permutation test, corrected for the number of comparisons (Holm)."
+    )
+    if out is not None:
+        show(f"All figures: {out}")
+
+
+@app.command()
 def transfer(
     model: Annotated[list[str], typer.Option(help="Model by name, see `ramdefense models`; give several.")],
     data: Annotated[str, typer.Option(help="As of `ramdefense evaluate`.")],

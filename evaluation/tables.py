@@ -129,6 +129,35 @@ def means(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return found
 
 
+def uncertain_rows(intervals: pd.DataFrame, differences: pd.DataFrame) -> list[tuple[str, ...]]:
+    """Success rates, and what each defence takes off, with their intervals, as text: one row for each cell.
+
+    Args:
+        intervals: of ``statistics.intervals``.
+        differences: of ``statistics.paired_differences``, the success rate among its figures.
+
+    Returns:
+        (model, attack, defence, success in percent, its interval, gain in points, its interval, corrected p-value).
+    """
+    gains = {
+        (row["model"], row["attack"], row["defence"]): row
+        for row in _rows(differences)
+        if row["figure"] == "success"
+    }  # fmt: skip
+    rows: list[tuple[str, ...]] = []
+    for row in _rows(intervals):
+        cell = (row["model"], row["attack"], row["defence"])
+        success = percent(row["success"]), f"{percent(row['success_low'])}–{percent(row['success_high'])}"
+        gained: tuple[str, ...] = ("", "", "")
+        if cell in gains:
+            found = gains[cell]
+            # a difference is the defence's figure less the other one, a gain the other way round
+            between = f"{percent(-found['high'])}–{percent(-found['low'])}"
+            gained = percent(-found["difference"]), between, f"{found['p_holm']:.2g}"
+        rows.append((*cell, *success, *gained))
+    return rows
+
+
 def percent(value: float | None) -> str:
     """A share in percent with one decimal; a dash where there is none."""
     return "—" if value is None or math.isnan(value) else f"{100 * value:.1f}"

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from evaluation.results import VARIANTS
-from evaluation.tables import as_markdown, means, on_screen, percent
+from evaluation.tables import as_markdown, means, on_screen, percent, uncertain_rows
 
 NAN = math.nan
 
@@ -117,3 +117,15 @@ def test_an_attack_that_does_not_apply_stands_among_its_like() -> None:
     text = as_markdown(pd.concat([MANY, pd.DataFrame(other)])).split("**cnn**")[1]
     attacks = [line.split("|")[1].strip() for line in text.splitlines()[4:]]
     assert attacks[:6] == ["strip", "apgd", "dag", "strip", "apgd", "dag"]
+
+
+def test_a_gain_is_a_difference_the_other_way_round() -> None:
+    cell = {"model": "vit", "attack": "strip", "defence": "ram"}
+    defended = cell | {"success": 0.1, "success_low": 0.05, "success_high": 0.2}
+    plain = cell | {"defence": "none", "success": 0.4, "success_low": 0.3, "success_high": NAN}
+    difference = cell | {"difference": -0.3, "low": -0.35, "high": -0.2, "p_holm": 0.0123}
+    differences = [difference | {"figure": "clean_miou", "difference": 0.9}, difference | {"figure": "success"}]
+    assert uncertain_rows(pd.DataFrame([plain, defended]), pd.DataFrame(differences)) == [
+        ("vit", "strip", "none", "40.0", "30.0–—", "", "", ""),
+        ("vit", "strip", "ram", "10.0", "5.0–20.0", "30.0", "20.0–35.0", "0.012"),
+    ]
