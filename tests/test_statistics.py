@@ -373,6 +373,7 @@ def test_an_ensemble_is_no_weaker_than_its_members_on_any_image(seed: int) -> No
     ]
     together = worst_over_attacks(records).records
     assert len(together) == 6, "one for each image and seed"
+    assert results(*together).summary()["images"].tolist() == [3], "whichever variants they were"
     for r in together:
         assert isinstance(r, Seeded)
         assert r.success == max(m.success for m in records if (m.image, m.seed) == (r.image, r.seed))
@@ -383,7 +384,9 @@ def test_an_ensemble_is_no_weaker_than_its_members_on_any_image(seed: int) -> No
 
 def test_classes_agree_with_torchmetrics_and_average_to_the_summary() -> None:
     shares = (0.2, 0.6, 0.4, 0.9, 0.1)
-    records = [record(i, share) for i, share in enumerate(shares)]
+    counted = np.ones(SIZE, dtype=bool)
+    counted[:4, :4] = False
+    records = [record(i, share, counted=counted) for i, share in enumerate(shares)]
     frame, (summary,) = class_table(results(*records), resamples=100), rows(results(*records).summary())
     assert frame["class"].tolist() == list(CLASSES)
     pictures = [scene(i) for i in range(len(shares))]
@@ -393,18 +396,19 @@ def test_classes_agree_with_torchmetrics_and_average_to_the_summary() -> None:
         for r, share, (_, clean, aim) in zip(rng, shares, pictures, strict=True)
     ]
     labels, clean, aim = (torch.from_numpy(np.stack(part)) for part in zip(*pictures, strict=True))
-    jaccard = JaccardIndex(task="multiclass", num_classes=4, average="none")
+    jaccard = JaccardIndex(task="multiclass", num_classes=4, average="none", ignore_index=255)
+    beside, aim = (torch.where(torch.from_numpy(counted), part, 255) for part in (labels, aim))
     for name, reference, prediction in (
         ("clean_iou", labels, clean),
-        ("clean_region_iou", labels, clean),
-        ("adversarial_iou", labels, torch.from_numpy(np.stack(attacked))),
+        ("clean_region_iou", beside, clean),
+        ("adversarial_iou", beside, torch.from_numpy(np.stack(attacked))),
         ("target_iou", aim, torch.from_numpy(np.stack(attacked))),
     ):
         np.testing.assert_allclose(frame[name], jaccard(prediction, reference).numpy(), rtol=1e-6)
         assert frame[name].mean() == pytest.approx(summary[name.replace("iou", "miou")])
         assert ((frame[f"{name}_low"] <= frame[name]) & (frame[name] <= frame[f"{name}_high"])).all()
     assert frame["images"].tolist() == [5, 5, 5, 2], "the sky is in the images 0 and 3"
-    assert frame["pixels"].tolist() == torch.bincount(labels.flatten()).tolist()
+    assert frame["pixels"].tolist() == torch.bincount(beside.flatten())[:4].tolist()
 
 
 def test_a_class_of_one_image_has_no_interval_and_one_of_none_no_iou() -> None:
@@ -451,6 +455,15 @@ def test_margins_of_sums_are_sums_of_margins() -> None:
     counts = np.random.default_rng(0).integers(0, 9, (5, 4, 4))
     np.testing.assert_array_equal(metrics.margins(counts).sum(axis=0), metrics.margins(metrics.merge(counts)))
     assert metrics.margins([[4, 1, 0], [3, 2, 0], [0, 0, 0]]).tolist() == [[4, 2, 0], [5, 5, 0], [7, 3, 0]]
+
+
+def test_rows_come_in_the_order_of_the_summary() -> None:
+    records = [record(i, 0.5, model=m, attack=a) for m in ("m", "n") for a in ("a", "b") for i in range(2)]
+    found = results(*records)
+    cells = rows(found.summary(), "model", "attack")
+    assert cells[1] == {"model": "n", "attack": "a"}, "not the order of the records"
+    for frame in (intervals(found, resamples=20), seed_spread(found), class_table(found, resamples=20)[::4]):
+        assert rows(frame, "model", "attack") == cells
 
 
 def test_frames_can_be_written() -> None:
