@@ -183,22 +183,12 @@ def read_rows(folder: Path, path: Path, nb_classes: int) -> tuple[dict[str, Any]
 
 def _figures(records: Sequence[Record]) -> dict[str, float]:
     """Every figure of a group of records, from the sum of their counts."""
-    clean, adversarial = (metrics.merge([getattr(r, part) for r in records]) for part in ("clean", "adversarial"))
-    aims = [r.aim for r in records if r.aim is not None]
-    aim = metrics.merge(aims) if aims else None
-    aim_clean = metrics.merge([r.aim_clean for r in records if r.aim_clean is not None]) if aims else None
-    return {
-        "success": metrics.error_rate(adversarial) if aim is None else metrics.success_rate(aim),
-        "clean_success": metrics.error_rate(clean) if aim_clean is None else metrics.success_rate(aim_clean),
-        "target_miou": math.nan if aim is None else metrics.target_miou(aim),
-        "adversarial_miou": metrics.mean_iou(adversarial),
-        "pixel_accuracy": metrics.pixel_accuracy(adversarial),
-        "iou_ratio": metrics.iou_ratio(adversarial, clean),
-        "changed": metrics.changed_share(metrics.merge([r.changed for r in records])),
-        "clean_miou": metrics.mean_iou(metrics.merge([r.whole for r in records])),
-        "clean_region_miou": metrics.mean_iou(clean),
-        "clean_pixel_accuracy": metrics.pixel_accuracy(clean),
-    }
+    parts = {}
+    for name in ("clean", "whole", "adversarial", "changed", "aim", "aim_clean"):
+        counts = [getattr(record, name) for record in records if getattr(record, name) is not None]
+        if counts:
+            parts[name] = metrics.margins(metrics.merge(counts))
+    return {name: float(value) for name, value in metrics.figures(parts).items()}
 
 
 #: What an attack costs, for each image, over all its variants.

@@ -282,17 +282,12 @@ def _as_results(results: Results | Iterable[Record]) -> Results:
     return results if isinstance(results, Results) else Results(list(results), classes=())
 
 
-def _seed(record: Record) -> int:
-    """The attack seed of a record; 0 where there is but one."""
-    return getattr(record, "seed", 0)
-
-
 def _worst(groups: Iterable[Sequence[Record]]) -> Units:
     """The most successful record of each image and seed, sorted by image, then by seed."""
     by_seed: dict[int, list[Record]] = {}
     for records in groups:
         for record in records:
-            by_seed.setdefault(_seed(record), []).append(record)
+            by_seed.setdefault(record.seed, []).append(record)
     units = {(r.image, seed): r for seed, records in by_seed.items() for r in worst(records)}
     return {unit: units[unit] for unit in sorted(units)}
 
