@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from evaluation.datasets import load_data, stack
-from evaluation.frames import IGNORE_INDEX
+import torch
+from torch import Tensor
+
+from evaluation.datasets import load_data
 from evaluation.given import chosen_images, named_segmenters
-from ramdefense.checks import check_images, check_labels
+from evaluation.survey import read_batch
 from ramdefense.segmenter import PyTorchSegmenter
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Given(NamedTuple):
@@ -50,10 +49,5 @@ def given(
     frames = load_data(data, size=size)
     indices = chosen_images(images, len(frames))
     segmenters = named_segmenters(list(models), frames, indices[0], device_type)
-    try:
-        x, y, names = stack(frames, indices)
-    except RuntimeError as error:
-        raise ValueError(f"images {indices} do not make a batch ({error}); give a size") from error
-    check_images(x)
-    check_labels(y, len(frames.classes), IGNORE_INDEX, tuple(x.shape[-2:]))
-    return Given(segmenters, x, y, names, indices)
+    x, y, names = read_batch(frames, indices)
+    return Given(segmenters, torch.from_numpy(x), torch.from_numpy(y), names, indices)

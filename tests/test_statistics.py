@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -445,11 +446,25 @@ def test_figures_of_many_sums_are_those_of_each(seed: int, sums: int, targeted: 
     found = metrics.figures({name: metrics.margins(c) for name, c in counts.items()})
     for k in range(sums):
         one = {name: c[k] for name, c in counts.items()}
+        clean, adversarial = one["clean"], one["adversarial"]
+        expected = {
+            "success": metrics.success_rate(one["aim"]) if targeted else metrics.error_rate(adversarial),
+            "clean_success": metrics.success_rate(one["aim_clean"]) if targeted else metrics.error_rate(clean),
+            "target_miou": metrics.target_miou(one["aim"]) if targeted else math.nan,
+            "adversarial_miou": metrics.mean_iou(adversarial),
+            "pixel_accuracy": metrics.pixel_accuracy(adversarial),
+            "iou_ratio": metrics.iou_ratio(adversarial, clean),
+            "changed": metrics.changed_share(one["changed"]),
+            "clean_miou": metrics.mean_iou(one["whole"]),
+            "clean_region_miou": metrics.mean_iou(clean),
+            "clean_pixel_accuracy": metrics.pixel_accuracy(clean),
+        }
         nothing = {"aim": None, "aim_clean": None}
         row = rows(results(Record("m", "a", "none", "plain", 0, "0", **{**nothing, **one})).rows)[0]
         for name, values in found.items():
             assert values[k] == pytest.approx(row[name], nan_ok=True), name
-        assert set(found) == set(FIGURES) <= set(row)
+            assert values[k] == pytest.approx(expected[name], nan_ok=True), name
+        assert set(found) == set(FIGURES) == set(expected) <= set(row)
 
 
 def test_margins_of_sums_are_sums_of_margins() -> None:
