@@ -20,6 +20,7 @@ from evaluation import metrics, tables
 from evaluation.files import DamagedError, read_lines, write_whole
 from evaluation.keys import cell_key
 from evaluation.metrics import Counts
+from evaluation.verdicts import Verdict
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -238,6 +239,7 @@ class Results:
         configuration: what decides the run, as in its ``config.json``.
         interrupted: the run was stopped; what was finished is here.
         left_out: frames that could not be read and cells whose attack failed, in a run that keeps going.
+        verdicts: what the checks of the run found.
     """
 
     records: list[Record]
@@ -246,6 +248,7 @@ class Results:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     interrupted: bool = False
     left_out: list[LeftOut] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
 
     @property
     def rows(self) -> pd.DataFrame:
