@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,9 @@ from scipy.ndimage import distance_transform_edt
 
 from evaluation.metrics import Counts
 from evaluation.resampling import Floats, Method, bootstrap
+
+#: Edges of the rings that a run counts in, in shares of the image's diagonal, so that images of any size share them.
+RINGS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.45, math.inf)
 
 
 def distance_to(mask: ArrayLike) -> NDArray[np.float64]:
@@ -73,6 +77,30 @@ def success_by_distance(
     totals = np.bincount(ring[use], minlength=rings)
     hits = np.bincount(ring[use & (guess == aim)], minlength=rings)
     return hits.astype(np.int64), totals.astype(np.int64)
+
+
+def count_rings(
+    prediction: ArrayLike, labels: ArrayLike, target: ArrayLike | None, mask: ArrayLike, counted: ArrayLike
+) -> Counts | None:
+    """What a run keeps of one image: pixels won by the attack, and pixels that it could win, in each of ``RINGS``.
+
+    Args:
+        prediction: classes predicted under attack.
+        labels: ground truth.
+        target: the map aimed at; None: a pixel is won where the prediction is wrong.
+        mask: pixels under the patch.
+        counted: pixels that count.
+
+    Shape:
+        all ``(H, W)``; returns int64 ``(2, len(RINGS) - 1)``, or None where no pixel lies under the patch.
+    """
+    under = np.asarray(mask, dtype=bool)
+    if not under.any():
+        return None
+    diagonal = math.hypot(*under.shape)
+    edges = [edge * diagonal for edge in RINGS]
+    hits, totals = success_by_distance(prediction, labels if target is None else target, under, counted, edges)
+    return np.stack([totals - hits if target is None else hits, totals])
 
 
 def distance_table(

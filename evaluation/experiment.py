@@ -24,6 +24,7 @@ import numpy as np
 from evaluation.changes import Changes
 from evaluation.contact import check_promises, costs_of, generate, mask_of, takes, target_map
 from evaluation.datasets import load_data
+from evaluation.distance import count_rings
 from evaluation.figures import Panel, save_figure
 from evaluation.files import write_whole
 from evaluation.fingerprints import identity, model_fingerprint, plain_value, versions_of
@@ -401,6 +402,9 @@ class _Run:
                 aim=None if reached is None else reached[i],
                 aim_clean=None if by_chance is None else by_chance[i],
                 seed=self.seeds[0] if cell.seed is None else cell.seed,
+                rings=None
+                if mask is None
+                else count_rings(attacked[i], y[i], None if aim is None else aim[i], mask[i], counted[i]),
             )
             for i, (image, name) in enumerate(zip(images, names, strict=True))
         ]

@@ -47,9 +47,11 @@ class Record:
         seconds: wall-clock time, the mean over the images of its file. Not among what is written for a record, which
             is the same in every run.
         seed: of the attack.
+        rings: pixels won by the attack, and pixels that it could win, in each ring around the patch
+            (``distance.count_rings``); ``None`` where the attack may change every pixel.
 
     Shape:
-        every count is int64 ``(C, C)``, reference down, prediction across.
+        every count is int64 ``(C, C)``, reference down, prediction across; ``rings`` is int64 ``(2, rings)``.
     """
 
     model: str
@@ -69,6 +71,7 @@ class Record:
     backwards: float | None = None
     seconds: float | None = None
     seed: int = 0
+    rings: Counts | None = None
 
     @property
     def success(self) -> float:
@@ -78,6 +81,7 @@ class Record:
     def to_json(self) -> str:
         """One line, the same bytes for the same record; counts as ``[reference, prediction, pixels]`` where not 0."""
         written = {name: _sparse(value) for name, value in vars(self).items() if name != "seconds"}
+        written["rings"] = None if self.rings is None else self.rings.tolist()
         return json.dumps(written, separators=(",", ":"))
 
     @classmethod
@@ -87,6 +91,8 @@ class Record:
         for name in ("clean", "whole", "adversarial", "changed", "aim", "aim_clean"):
             if values[name] is not None:
                 values[name] = _dense(values[name], nb_classes)
+        if values.get("rings") is not None:  # which files of earlier versions lack
+            values["rings"] = np.array(values["rings"], dtype=np.int64)
         return cls(**values)
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from evaluation import metrics
+from evaluation.distance import RINGS, distance_table
 from evaluation.resampling import Figure, Floats, Interval, Method, bootstrap, holm, permutation_test
 from evaluation.results import VARIANTS, Record, Results, worst
 from ramdefense.names import split_name
@@ -272,6 +273,46 @@ def class_table(
         tables.append(pd.DataFrame(table))
     names = [f"{part}_iou{end}" for part in parts for end in ("", "_low", "_high")]
     columns = [*_KEY, "class", "images", "pixels", *names]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def success_by_distance(
+    results: Results | Iterable[Record],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    method: Method = "bca",
+) -> pd.DataFrame:
+    """Success rate in each ring around the patch, with intervals over images, the worst variant for each image.
+
+    Args:
+        results: of a run, or records.
+        level, resamples, seed, method: as in ``resampling.bootstrap``.
+
+    Columns:
+        model, attack, defence, images: the cell; attacks that may change every pixel have no distance and no rows.
+        from, to: the ring's edges, in shares of the image's diagonal (``distance.RINGS``).
+        pixels: its counted pixels that the attack could win, of all images and seeds.
+        success, success_low, success_high: share of them that it won; NaN in a ring without such a pixel.
+    """
+    results = _as_results(results)
+    cells = {key: _worst(variants.values()) for key, variants in results.groups()}
+    tables = []
+    for key in _in_order(results, cells):
+        images: dict[int, NDArray[np.int64]] = {}
+        for record in cells[key].values():
+            if record.rings is not None:
+                images[record.image] = images.get(record.image, 0) + record.rings
+        if not images:
+            continue
+        counts = np.stack(list(images.values()))
+        rings = distance_table(
+            counts[:, 0], counts[:, 1], RINGS, level=level, resamples=resamples, seed=seed, method=method
+        )
+        head = dict(zip(_KEY, key, strict=True)) | {"images": len(counts)}
+        tables.append(rings.assign(**head)[[*head, *rings.columns]])
+    columns = [*_KEY, "images", "from", "to", "pixels", "success", "success_low", "success_high"]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation import metrics
-from evaluation.distance import distance_table, distance_to, success_by_distance
+from evaluation.distance import RINGS, count_rings, distance_table, distance_to, success_by_distance
+from evaluation.experiment import evaluate
+from evaluation.results import Results
+from evaluation.statistics import success_by_distance as success_by_distance_of_cells
 
 IGNORE = 255
 
@@ -97,3 +101,52 @@ def test_refusals() -> None:
         success_by_distance(plane, plane[:2], mask, mask, [0, 1])
     with pytest.raises(ValueError, match=r"\(images, 2\) for 3 edges"):
         distance_table([[1]], [[1]], [0, 1, 2])
+
+
+def test_rings_of_a_run_make_up_its_success_rate(tmp_path: Path) -> None:
+    """Summed over the rings they are the numerator and the denominator of each row; the reach of the model shows."""
+    from test_experiment import CornerAttack, CornerModel, Frames, segmenter
+
+    def corner(target, **_):
+        return CornerAttack(target, None)
+
+    class Untargeted:
+        def __init__(self, target):
+            self.generate, self.mask = CornerAttack(target, None).generate, CornerAttack(target, None).mask
+
+    found = evaluate(
+        {"reaching 4": segmenter(CornerModel(4))},
+        {"aimed": corner, "untargeted": lambda target, **_: Untargeted(target)},
+        "none",
+        Frames(),
+        out=tmp_path,
+        verbose=False,
+    )
+    for record in found.records:
+        assert record.rings is not None
+        won, could = record.rings.sum(axis=1)
+        assert won / could == pytest.approx(record.success, abs=1e-12)
+    read = Results.load(tmp_path)
+    assert [r.to_json() for r in read.records] == [r.to_json() for r in found.records]
+    table = success_by_distance_of_cells(read, resamples=50)
+    aimed = table[table["attack"] == "aimed"].set_index("from")["success"]
+    # 8×10 pixels, the patch in the corner, houses in the four columns on the left: only there, so only far away
+    assert np.isnan(aimed[0.0]), "no pixel outside the patch is so near"
+    assert aimed[0.1] == 0
+    assert aimed[0.45] > 0.5
+    assert len(table) == 2 * (len(RINGS) - 1)
+
+
+def test_rings_need_a_patch_and_scale_with_the_image() -> None:
+    nothing = np.zeros((6, 8), dtype=np.int64)
+    assert count_rings(nothing, nothing, None, nothing.astype(bool), nothing == 0) is None
+    for scale in (1, 4):  # the same picture, larger: the same shares in the same rings
+        mask = np.zeros((6 * scale, 8 * scale), dtype=bool)
+        mask[: 2 * scale, : 2 * scale] = True
+        target = np.ones(mask.shape, dtype=np.int64)
+        prediction = np.zeros_like(target)
+        prediction[:, 4 * scale :] = 1
+        rings = count_rings(prediction, np.zeros_like(target), target, mask, ~mask)
+        assert rings is not None
+        assert rings.sum(axis=1).tolist() == [(prediction == 1).sum(), (~mask).sum()]
+        assert (rings * scale**-2)[0, :2].tolist() == [0, 0], "near the patch nothing is won, at any size"
