@@ -77,18 +77,12 @@ def curves(
         sizes = _several(patch_size, "--patch-size", lambda text: pair(text, "--patch-size"))
         steps = _several(max_iter, "--max-iter", lambda text: _whole(text, "--max-iter"))
         bases: dict[str, Any] = {
-            "patch_shape": None if base_patch_size is None else pair(base_patch_size, "--base-patch-size"),
-            "max_iter": base_max_iter,
+            "patch_shape": _base(
+                sizes, None if base_patch_size is None else pair(base_patch_size, "--base-patch-size"), "patch-size"
+            ),
+            "max_iter": _base(steps, base_max_iter, "max-iter"),
         }
-        listed: dict[tuple[str, str], list[Any]] = {("patch_size", "patch_shape"): sizes, ("max_iter", "max_iter"): steps}
-        for (axis, base), given in listed.items():
-            if len(given) > 1:
-                axes[axis] = given
-            elif given and bases[base] is not None:
-                flag = axis.replace("_", "-")
-                raise ValueError(f"--{flag} with one value and --base-{flag} say the same thing twice; give one of them")
-            elif given:
-                bases[base] = given[0]
+        axes |= {axis: given for axis, given in (("patch_size", sizes), ("max_iter", steps)) if len(given) > 1}
         for axis, text in (("max_attention", max_attention), ("drop_probability", drop_probability)):
             if text is not None:
                 axes[axis] = _several(text, f"--{axis.replace('_', '-')}", str)
@@ -107,8 +101,9 @@ def curves(
             )  # fmt: skip
         except KeyboardInterrupt:
             _interrupted(out)
-    headings = ("model", "attack", "defence", "at", "fooled", "interval", "mIoU\nadv", "\nclean")
-    show_table(headings, result.rows(), right=(3, 4, 5, 6, 7))
+    for heading, rows in result.screen():
+        show(heading, markup=False)
+        show_table(("defence", "at", "fooled", "interval", "mIoU\nadv", "\nclean"), rows, right=(1, 2, 3, 4, 5))
     for line in result.captions():
         show(line, markup=False)
     show("")
@@ -187,6 +182,13 @@ def _several(text: str | None, name: str, read: Callable[[str], T]) -> list[T]:
     if not all(parts):
         raise ValueError(f"{name} {text!r}: an empty place; values with commas between them, none at the ends")
     return [read(part) for part in parts]
+
+
+def _base(values: list[T], given: T | None, name: str) -> T | None:
+    """What the other curves are measured at; a single value is no curve but this."""
+    if len(values) == 1 and given is not None:
+        raise ValueError(f"--{name} with one value and --base-{name} say the same thing twice; give one of them")
+    return values[0] if len(values) == 1 else given
 
 
 def _whole(text: str, name: str) -> int:

@@ -20,7 +20,7 @@ import pandas as pd
 
 from evaluation.contact import takes
 from evaluation.datasets import load_data
-from evaluation.files import write_figure, write_whole
+from evaluation.files import remove_leftovers, write_figure, write_whole
 from evaluation.frames import SegmentationData
 from evaluation.given import (
     AttackFactory,
@@ -56,6 +56,7 @@ COLUMNS = (
 
 #: About how long the run of a defence takes in units of the undefended one: plain, adaptive and transferred attack.
 _EFFORT = 5.0
+_SYMBOLS = {"max_attention": "T", "drop_probability": "p"}
 _LABELS = {
     "patch_size": "side of the patch (pixels)",
     "max_iter": "steps of the attack",
@@ -89,48 +90,44 @@ class Curves:
     notes: list[str]
     region: str
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """The table for the screen: model, attack, defence, axis, x, fooled, its interval, mIoU attacked and clean."""
-        shown = []
-        for row in self.table.to_dict("records"):
-            everywhere = row["defence"] == NONE and row["axis"] in OF_DEFENCE
-            if everywhere and row["x"] != self.table.loc[self.table["axis"] == row["axis"], "x"].min():
-                continue
-            ends = (percent(row["success_low"]), percent(row["success_high"]))
-            figures = (percent(row["success"]), "–".join(ends), percent(row["adversarial_miou"]))
-            x = "any" if everywhere else _told(row["axis"], row["x"])
-            shown.append((row["model"], row["attack"], row["defence"], x, *figures, percent(row["clean_miou"])))
-        return shown
+    def screen(self) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+        """For each model and attack a heading, and rows: defence, place, fooled, its interval, mIoU attacked, clean."""
+        for (model, attack), of_pair in self.table.groupby(["model", "attack"], sort=False):
+            rows: list[tuple[str, ...]] = []
+            for _, curve in of_pair.groupby(["axis", "defence"], sort=False):
+                for row in curve.to_dict("records"):
+                    everywhere = row["defence"] == NONE and row["axis"] in OF_DEFENCE
+                    at = f"any {_SYMBOLS[row['axis']]}" if everywhere else _told(row["axis"], row["x"])
+                    interval = f"{percent(row['success_low'])}–{percent(row['success_high'])}"
+                    mious = (percent(row["adversarial_miou"]), percent(row["clean_miou"]))
+                    rows.append((row["defence"], at, percent(row["success"]), interval, *mious))
+                    if everywhere:  # the same at every x
+                        break
+            yield f"{model}, {attack}", rows
 
     def captions(self) -> list[str]:
         """What stands under the table: how the figures were measured, and what does not apply."""
-        base = f"Where its own axis does not say otherwise: {self.base}."
-        lines = ["All in %. fooled: the strongest variant of the attack on each image. interval: 95 %, over images.", base]
+        lines = [
+            "All in %. fooled: the strongest variant of the attack on each image. interval: 95 %, over images.",
+            f"Where its own axis does not say otherwise: {self.base}.",
+        ]
         if self.region == "outside" and "patch_size" in set(self.table["axis"]):
             lines.append("Pixels under the patch do not count, so of a larger patch fewer pixels are left to fool.")
         return lines + self.notes
 
     def sentences(self) -> Iterator[str]:
-        """One for each curve."""
-        for (model, attack, defence, axis), curve in self.table.groupby(_CURVE, sort=False):
+        """One for each curve: its ends, and what lies between where it does not go in one direction."""
+        for _, curve in self.table.groupby(_CURVE, sort=False):
             points = [row for row in curve.to_dict("records") if not math.isnan(row["success"])]
-            if not points or (defence == NONE and axis in OF_DEFENCE):
+            if not points or (points[0]["defence"] == NONE and points[0]["axis"] in OF_DEFENCE):
                 continue
-            first, last = points[0], points[-1]
-            of_defence = axis in OF_DEFENCE
-            told = [
-                f"{percent(row['success'])} % at {_told(axis, row['x'])}"
-                + (f" (clean mIoU {percent(row['clean_miou'])} %)" if of_defence else "")
-                for row in (first, last)
-            ]
-            under = "without defence" if defence == NONE else f"against {defence}"
-            text = f"On {model}, {attack} {under} fools {' and '.join(told)}"
             rates = [round(row["success"], 3) for row in points]
-            if rates != sorted(rates) and rates != sorted(rates, reverse=True):
-                text += ", not in one direction: " + ", ".join(
-                    f"{percent(row['success'])} % at {_told(axis, row['x'])}" for row in points[1:-1]
-                )
-            yield f"{text}."
+            straight = rates in (sorted(rates), sorted(rates, reverse=True))
+            told = [_point(row) for row in ([points[0], points[-1]] if straight else points)]
+            under = "without defence" if points[0]["defence"] == NONE else f"against {points[0]['defence']}"
+            where = f"On {points[0]['model']}, {points[0]['attack']} {under}"
+            text = f"{', '.join(told[:-1])} and {told[-1]}"
+            yield f"{where} fools {text}{'' if straight else ', not in one direction'}."
 
     def figure(self) -> Figure:
         """One row of panels for each model and attack, one column for each axis; intervals as bars."""
@@ -233,10 +230,11 @@ def curves(
     notes: list[str] = []
     place_of_points = nullcontext(str(out)) if out is not None else tempfile.TemporaryDirectory()
     with place_of_points as folder, progress_bar(verbose, effort * len(segmenters) * len(factories)) as tick:
+        remove_leftovers(Path(folder))
         points = Points(Path(folder), data, common, options)
         for model in segmenters.items():
             for attack in factories.items():
-                found: dict[tuple[Setting, str], dict[Hashable, Any]] = {}
+                found: dict[tuple[Setting, str], dict[str, Any]] = {}
                 for setting, under in needed.items():
                     label = f"{model[0]} · {attack[0]} · {setting}"
 
@@ -245,7 +243,8 @@ def curves(
 
                     wanted = {name: functions[name] for name in under if name != NONE}
                     results = points.measure(model, attack, setting, wanted, finished)
-                    found |= {(setting, row["defence"]): row for row in intervals(results).to_dict("records")}
+                    for row in intervals(results).to_dict("records"):
+                        found[setting, row["defence"]] = {str(column): value for column, value in row.items()}
                     notes += _notes(results)
                 for (name, axis), curve in places.items():
                     rows += [
@@ -321,6 +320,12 @@ def _told(axis: str, x: float) -> str:
     return f"T = {as_multiple(x)}" if axis == "max_attention" else f"p = {number(x)}"
 
 
+def _point(row: Mapping[Hashable, Any]) -> str:
+    """A point of a curve in words; clean mIoU where the axis changes it."""
+    clean = f" (clean mIoU {percent(row['clean_miou'])} %)" if row["axis"] in OF_DEFENCE else ""
+    return f"{percent(row['success'])} % of the pixels at {_told(row['axis'], row['x'])}{clean}"
+
+
 def _base(values: Mapping[str, list[Any]], patch_shape: tuple[int, int] | None, max_iter: int | None) -> Setting:
     """How the attack is set where an axis does not say otherwise."""
     sizes, steps = values.get("patch_size"), values.get("max_iter")
@@ -349,7 +354,7 @@ def _check(
     for axis, option in zip(OF_ATTACK, ("patch_shape", "max_iter"), strict=True):
         lacking = [name for name, factory in attacks.items() if not takes(factory, option)]
         if axis in values and lacking:
-            raise ValueError(f"{axis}: attack {lacking[0]!r} does not have it, or sets it itself; leave one of them out")
+            raise ValueError(f"{axis}: attack {lacking[0]!r} has no {option}, or sets it itself; leave one of them out")
         if getattr(base, option) is not None and len(lacking) == len(attacks):
             raise ValueError(f"{option}={getattr(base, option)}: none of the attacks ({', '.join(attacks)}) has it")
     for option in options:

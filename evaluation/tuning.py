@@ -1,4 +1,4 @@
-"""Which setting of a defence to take: clean mIoU against mIoU under attack for a sweep, and the best within a budget."""
+"""Which setting of a defence to take: clean mIoU against mIoU under attack over a sweep, the best within a budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from evaluation.cleanly import Margins, clean_miou, kept_counts, lost_miou
 from evaluation.contact import takes
 from evaluation.datasets import load_data
-from evaluation.files import write_figure, write_whole
+from evaluation.files import remove_leftovers, write_figure, write_whole
 from evaluation.fingerprints import identity
 from evaluation.frames import SegmentationData
 from evaluation.given import (
@@ -163,10 +163,11 @@ class Tuned:
             why = "none is within the budget" if not within else "none of those has a higher mIoU under attack"
             yield f"No setting beats the undefended model: {why}. Chosen: no defence."
         else:
+            chosen = f"{row['variant']}, T = {row['max_attention']}, p = {number(row['drop_probability'])}"
             yield (
-                f"Chosen: {row['variant']}, T = {row['max_attention']}, p = {number(row['drop_probability'])}. mIoU under "
-                f"{self.attack} {percent(none['robust_miou'])} % without it, {percent(row['robust_miou'])} % with it; "
-                f"clean mIoU {percent(none['clean_miou'])} % and {percent(row['clean_miou'])} %."
+                f"Chosen: {chosen}. mIoU under {self.attack} {percent(none['robust_miou'])} % without it, "
+                f"{percent(row['robust_miou'])} % with it; clean mIoU {percent(none['clean_miou'])} % and "
+                f"{percent(row['clean_miou'])} %."
             )
             unsure = _unsure(cost, self.budget)
             if unsure:
@@ -296,6 +297,7 @@ def tune(
         place_of_points as folder,
         progress_bar(verbose, len(settings) + steps * (1 + _EFFORT * len(settings))) as tick,
     ):
+        remove_leftovers(Path(folder))
         fingerprint = survey(frames, clean_on, keep_going=False).fingerprint
         counts: dict[Option, Margins] = {}
         for setting in settings:

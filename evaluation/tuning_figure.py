@@ -58,12 +58,16 @@ def tuning_figure(table: pd.DataFrame, budget: float, *, title: str = "") -> Fig
     axis.set_ylabel("mIoU under attack (%)")
     axis.set_title(title, fontsize=10)
 
-    def key(text: str, marker: str = "", colour: str = "0.3", line: str = "", face: str | None = None) -> Line2D:
-        return Line2D([], [], marker=marker, color=colour, linestyle=line, label=text,
+    def key(text: str, marker: str, colour: str = "0.3", face: str | None = None) -> Line2D:
+        return Line2D([], [], marker=marker, color=colour, linestyle="", label=text,
                       markerfacecolor=colour if face is None else face)  # fmt: skip
 
-    keys = [key("no defence", "*", "0.25"), key("chosen", "o", "0.1", face="none"), key("Pareto front", line="-"),
-            key(f"budget, {budget:g} points", line=":")]  # fmt: skip
+    keys = [
+        key("no defence", "*", "0.25"),
+        key("chosen", "o", "0.1", face="none"),
+        Line2D([], [], color="0.55", linewidth=1, label="Pareto front"),
+        Line2D([], [], color="0.3", linestyle=":", label=f"budget, {budget:g} points"),
+    ]
     keys += [key(variant, marker) for variant, marker in markers.items()]
     keys += [key(f"p = {number(p)}", "o", colour) for p, colour in colours.items()]
     if (swept["images"] == 0).any():
