@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -301,10 +302,8 @@ def test_killed_while_it_takes_over_a_run_it_goes_on_to_the_same_bytes(
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", killing)
-        try:
+        with suppress(Killed):
             run(axes, out)
-        except Killed:
-            pass
     run(axes, out)
     assert files(out) == files(whole)
 
@@ -395,7 +394,7 @@ def test_an_axis_of_defences_leaves_out_those_that_have_no_such_option() -> None
         ({"max_iter": [1, 2]}, {"colour": 3}, "option 'colour': none of the attacks"),
         ({"max_iter": [1, 2]}, {"defences": ["bonded"]}, "did you mean 'bounded'"),
         ({"max_iter": [1, 2]}, {"images": 9}, "images=9"),
-        ({"max_iter": [1, 2]}, {"attacks": {"fixed": lambda target: square(target)}}, "attack 'fixed' has no max_iter"),
+        ({"max_iter": [1, 2]}, {"attacks": {"fixed": lambda target: square(target)}}, "'fixed' has no max_iter"),
     ],
 )
 def test_what_is_wrong_is_told_before_any_work(axes: Any, change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -406,7 +405,7 @@ def test_what_is_wrong_is_told_before_any_work(axes: Any, change: dict[str, Any]
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- names of defences
+# ------------------------------------------------------------------------------------------------- names of defences
 
 
 def test_one_name_for_all_spellings_of_a_defence() -> None:
