@@ -7,6 +7,8 @@ is a run of its own (``evaluation.points``), and points that several curves have
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -33,7 +35,7 @@ from evaluation.given import (
 )
 from evaluation.metrics import Region
 from evaluation.points import Points, Setting, check_place
-from evaluation.progress import progress_bar
+from evaluation.progress import Tick, progress_bar
 from evaluation.results import Results
 from evaluation.statistics import intervals
 from evaluation.store import NONE
@@ -146,14 +148,18 @@ class Curves:
                 chosen = table[(table["model"] == model) & (table["attack"] == attack) & (table["axis"] == axis)]
                 for place, defence in enumerate(defences):
                     curve = chosen[chosen["defence"] == defence]
-                    _draw(panel, curve, axis, PALETTE[place % len(PALETTE)], _MARKERS[place % len(_MARKERS)])
+                    aside = _BESIDE * (place - (len(defences) - 1) / 2)  # or bars would lie on one another
+                    _draw(panel, curve, axis, PALETTE[place % len(PALETTE)], _MARKERS[place % len(_MARKERS)], aside)
                 panel.grid(alpha=0.25)
+                panel.margins(x=0.1)
                 panel.set_ylim(bottom=0)
             row[0].set_ylabel(f"{model.removeprefix('zoo:')}, {attack}\npixels fooled (%)", fontsize=9)
         for panel, axis in zip(panels[-1], axes, strict=False):
             _ticks(panel, axis, sorted(set(table.loc[table["axis"] == axis, "x"])))
-        keys = {text: handle for row in panels for panel in row
-                for handle, text in zip(*panel.get_legend_handles_labels(), strict=True)}  # fmt: skip
+        keys: dict[str, Any] = {}
+        for panel in panels.flat:
+            for handle, text in zip(*panel.get_legend_handles_labels(), strict=True):
+                keys.setdefault(text, handle)
         figure.legend(keys.values(), keys.keys(), loc="outside upper center", ncols=len(keys), fontsize=9,
                       frameon=False)  # fmt: skip
         return figure
@@ -161,6 +167,7 @@ class Curves:
 
 _CURVE = ["model", "attack", "defence", "axis"]
 _MARKERS = "os^Dv<>"
+_BESIDE = 4.0  # points between the bars of two defences at one x
 
 
 def curves(
@@ -213,45 +220,36 @@ def curves(
     first = chosen_images(images, len(frames))[0]
     check_place(_settings(values, base), options, frames, first)
     functions: dict[str, DefenceFunction] = {}
-    places = {
-        (name, axis): _places(name, axis, values[axis], base, functions) for axis in values for name in names
-    }  # fmt: skip
-    needed: dict[Setting, list[str]] = {}
-    for place in (place for curve in places.values() for place in curve):
-        held = needed.setdefault(place.setting, [])
-        held += [place.defence] if place.defence not in held else []
+    places = {(name, axis): _places(name, axis, values[axis], base, functions) for axis in values for name in names}
+    needed: dict[Setting, dict[str, DefenceFunction]] = {}
+    for place in itertools.chain.from_iterable(places.values()):
+        needed.setdefault(place.setting, {})[place.defence] = functions[place.defence]
     segmenters = named_segmenters(models, frames, first, device_type)
     common: dict[str, Any] = {
         "images": images, "size": size, "batch_size": batch_size, "seed": seed, "region": region,
         "device_type": device_type,
     }  # fmt: skip
-    effort = sum((s.max_iter or 1) * (1 + _EFFORT * sum(n != NONE for n in under)) for s, under in needed.items())
+    effort = sum(_effort(setting, name) for setting, under in needed.items() for name in under)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     place_of_points = nullcontext(str(out)) if out is not None else tempfile.TemporaryDirectory()
     with place_of_points as folder, progress_bar(verbose, effort * len(segmenters) * len(factories)) as tick:
         remove_leftovers(Path(folder))
         points = Points(Path(folder), data, common, options)
-        for model in segmenters.items():
-            for attack in factories.items():
-                found: dict[tuple[Setting, str], dict[str, Any]] = {}
-                for setting, under in needed.items():
-                    label = f"{model[0]} · {attack[0]} · {setting}"
-
-                    def finished(name: str, label: str = label, steps: int = setting.max_iter or 1) -> None:
-                        tick(f"{label} · {name}", steps * (1.0 if name == NONE else _EFFORT))
-
-                    wanted = {name: functions[name] for name in under if name != NONE}
-                    results = points.measure(model, attack, setting, wanted, finished)
-                    for row in intervals(results).to_dict("records"):
-                        found[setting, row["defence"]] = {str(column): value for column, value in row.items()}
-                    notes += _notes(results)
-                for (name, axis), curve in places.items():
-                    rows += [
-                        {**found[place[1:]], "defence": name, "axis": axis, "x": place.x}
-                        for place in curve
-                        if place[1:] in found  # not there where the defence or the attack does not apply
-                    ]
+        for model, attack in itertools.product(segmenters.items(), factories.items()):
+            found: dict[tuple[Setting, str], dict[str, Any]] = {}
+            for setting, under in needed.items():
+                finished = functools.partial(_finished, tick, f"{model[0]} · {attack[0]}", setting)
+                results = points.measure(model, attack, setting, under, finished)
+                for row in intervals(results).to_dict("records"):
+                    found[setting, row["defence"]] = {str(column): value for column, value in row.items()}
+                notes += _notes(results)
+            for (name, axis), curve in places.items():
+                rows += [
+                    {**found[place.setting, place.defence], "defence": name, "axis": axis, "x": place.x}
+                    for place in curve
+                    if (place.setting, place.defence) in found  # not where the defence or the attack does not apply
+                ]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     result = Curves(table, base, list(dict.fromkeys(notes)), region)
     if out is not None:
@@ -314,7 +312,7 @@ def _x(axis: str, value: Any) -> float:
 def _told(axis: str, x: float) -> str:
     """A place on an axis in words."""
     if axis == "patch_size":
-        return f"{x:.4g} pixels"
+        return f"side {x:.4g}"
     if axis == "max_iter":
         return f"{number(x)} step{'s' if x != 1 else ''}"
     return f"T = {as_multiple(x)}" if axis == "max_attention" else f"p = {number(x)}"
@@ -388,6 +386,15 @@ def _places(
     return places
 
 
+def _effort(setting: Setting, name: str) -> float:
+    """About how long a run takes."""
+    return (setting.max_iter or 1) * (1.0 if name == NONE else _EFFORT)
+
+
+def _finished(tick: Tick, label: str, setting: Setting, name: str) -> None:
+    tick(f"{label} · {setting} · {name}", _effort(setting, name))
+
+
 def _notes(results: Results) -> list[str]:
     return [
         f"n/a: {skip.attack or skip.defence.partition(':')[0]} does not apply to {skip.model}: {skip.reason}"
@@ -398,7 +405,10 @@ def _notes(results: Results) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- the figure
 
 
-def _draw(panel: Axes, curve: pd.DataFrame, axis: str, colour: str, marker: str) -> None:
+def _draw(panel: Axes, curve: pd.DataFrame, axis: str, colour: str, marker: str, aside: float) -> None:
+    """The curve of one defence, moved aside by so many points."""
+    from matplotlib.transforms import ScaledTranslation
+
     curve = curve.dropna(subset=["success"])
     if curve.empty:
         return
@@ -411,8 +421,10 @@ def _draw(panel: Axes, curve: pd.DataFrame, axis: str, colour: str, marker: str)
         panel.axhspan(success.iloc[0] - ends[0].iloc[0], success.iloc[0] + ends[1].iloc[0], color=colour, alpha=0.12,
                       linewidth=0)  # fmt: skip
         return
-    panel.errorbar(curve["x"], success, yerr=ends, color=colour, marker=marker, markersize=5, linewidth=1.4,
-                   elinewidth=1, capsize=3, label=label)  # fmt: skip
+    drawn = panel.errorbar(curve["x"], success, yerr=ends, color=colour, marker=marker, markersize=5, linewidth=1.4,
+                           elinewidth=1, capsize=3, label=label)  # fmt: skip
+    for artist in drawn.get_children():  # now that the limits of the panel know where it is
+        artist.set_transform(panel.transData + ScaledTranslation(aside / 72, 0, panel.figure.dpi_scale_trans))
 
 
 def _ticks(panel: Axes, axis: str, places: Sequence[float]) -> None:

@@ -36,7 +36,7 @@ from evaluation.progress import progress_bar
 from evaluation.store import NONE, file_name
 from evaluation.survey import survey
 from evaluation.tables import percent
-from evaluation.variations import as_multiple, multiple, number, options_of, probability, spelled, varied
+from evaluation.variations import as_multiple, multiple, number, options_of, plain, probability, spelled, varied
 from ramdefense.defences import defence as defence_by_name
 from ramdefense.names import split_name
 from ramdefense.segmenter import PyTorchSegmenter
@@ -78,7 +78,7 @@ class Option:
         if self.variant == NONE:
             return {}
         return {
-            "suppression": self.variant, "max_attention": as_multiple(self.multiple), "dropout": self.dropout,
+            "suppression": self.variant, "max_attention": as_multiple(self.multiple), "dropout": plain(self.dropout),
         }  # fmt: skip
 
     @property
@@ -135,17 +135,17 @@ class Tuned:
         return functools.partial(defence_by_name(base), **{**given, **self.best})
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table for the screen: setting, clean mIoU, its cost and interval, robust mIoU, fooled, front, chosen."""
+        """The table for the screen: setting (→ the chosen one), clean mIoU, cost, interval, robust mIoU, fooled, front."""
         shown: list[tuple[str, ...]] = []
         for row, cost in zip(self.table.to_dict("records"), self.costs.to_dict("records"), strict=True):
             undefended = row["variant"] == NONE
             p = "" if undefended else number(row["drop_probability"])
-            ends = "" if undefended else f"{_points(cost['cost_low'])} to {_points(cost['cost_high'])}"
-            marks = " ".join(mark for mark, column in (("front", "pareto"), ("CHOSEN", "chosen")) if row[column])
+            ends = "" if undefended else f"{_points(cost['cost_low'])}…{_points(cost['cost_high'])}"
+            variant = f"→ {row['variant']}" if row["chosen"] else row["variant"]
             figures = (percent(row["robust_miou"]), percent(row["success"]))
             lost = "" if undefended else _points(cost["cost"])
-            shown.append((row["variant"], row["max_attention"], p, percent(row["clean_miou"]), lost, ends, *figures,
-                          marks))  # fmt: skip
+            front = "front" if row["pareto"] else ""
+            shown.append((variant, row["max_attention"], p, percent(row["clean_miou"]), lost, ends, *figures, front))
         return shown
 
     def sentences(self) -> Iterator[str]:
@@ -191,8 +191,8 @@ class Tuned:
 
 
 def _points(share: float) -> str:
-    """A difference of shares in points, with its sign."""
-    return "—" if math.isnan(share) else f"{100 * share:+.1f}".replace("-0.0", "+0.0")
+    """A difference of shares in points."""
+    return "—" if math.isnan(share) else f"{round(100 * share, 1) + 0.0:.1f}"  # + 0: no -0.0
 
 
 def _affordable(cost: float, budget: float) -> bool:

@@ -44,7 +44,7 @@ def varied(name: str, **changes: Any) -> tuple[str, DefenceFunction]:
     unknown = [option for option in changes if option not in held]
     if unknown:
         raise ValueError(f"defence {name!r} has no option {unknown[0]!r}; its options are {', '.join(held) or 'none'}")
-    held = {option: _plain(value) for option, value in (held | changes).items()}
+    held = {option: plain(value) for option, value in (held | changes).items()}
     Refinement(**{option: held[option] for option in _CHECKED if option in held})
     usual = options_of(base)
     chosen = {option: value for option, value in held.items() if option not in usual or value != usual[option]}
@@ -53,7 +53,7 @@ def varied(name: str, **changes: Any) -> tuple[str, DefenceFunction]:
     return spelled(base, chosen), functools.partial(defence(base), **chosen)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A whole number as such, so that 0 and 0.0 are one."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

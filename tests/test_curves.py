@@ -194,13 +194,14 @@ def test_sentences_and_the_screen_tell_the_same(tmp_path: Path) -> None:
     found = run({"patch_size": [2, 4], "max_attention": ["1/N", "3/N"]}, max_iter=6)
     first, second, third = found.sentences()
     one, two = (f"{100 * success(s, 6):.1f} %" for s in (2, 4))
-    assert first == f"On believer, square without defence fools {one} of the pixels at 2 pixels and {two} of the " \
-        "pixels at 4 pixels."  # fmt: skip
+    assert first == (
+        f"On believer, square without defence fools {one} of the pixels at side 2 and {two} of the pixels at side 4."
+    )
     assert "against bounded" in second
     assert f"{100 * success(4, 6, 1):.1f} % of the pixels at T = 1/N (clean mIoU 100.0 %)" in third
     ((heading, rows),) = found.screen()
     assert heading == "believer, square"
-    assert [row[1] for row in rows if row[0] == "none"] == ["2 pixels", "4 pixels", "any T"]
+    assert [row[1] for row in rows if row[0] == "none"] == ["side 2", "side 4", "any T"]
     assert any("fewer pixels are left" in line for line in found.captions())
     assert not any("fewer" in line for line in run({"max_iter": [1, 2]}).captions())
 
