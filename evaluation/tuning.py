@@ -135,7 +135,7 @@ class Tuned:
         return functools.partial(defence_by_name(base), **{**given, **self.best})
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table for the screen: setting (→ the chosen one), clean mIoU, cost, interval, robust mIoU, fooled, front."""
+        """For the screen: setting (→ the chosen one), clean mIoU, cost, its interval, robust mIoU, fooled, front."""
         shown: list[tuple[str, ...]] = []
         for row, cost in zip(self.table.to_dict("records"), self.costs.to_dict("records"), strict=True):
             undefended = row["variant"] == NONE
