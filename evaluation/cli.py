@@ -30,6 +30,7 @@ from evaluation.cli_shared import (
     show_table,
     user_errors,
 )
+from evaluation.cli_report import report
 from evaluation.cli_understand import attention, field
 from evaluation.sizes import pair, place
 
@@ -125,10 +126,18 @@ def evaluate(
     show(results.table())
     if run.out is not None:
         show(f"Rows, tables, patches and figures: {run.out}")
+        _name_page(Path(run.out))
     if results.interrupted:
         raise typer.Exit(130)
     if results.left_out:
         raise typer.Exit(1)
+
+
+def _name_page(folder: Path) -> None:
+    """Name the page of a run, if it has one: a run that was stopped before its first row has none."""
+    page = folder / "report.html"
+    if page.exists():
+        show(f"Page: {page}", markup=False)
 
 
 def _run_file(path: Path | None, given: dict[str, Any]) -> RunFile:
@@ -331,6 +340,7 @@ def demo(
     for sentence in results.sentences():
         show(sentence)
     show(f"\nFigures: {out / 'figures'}")
+    _name_page(out)
 
 
 @app.command()
@@ -356,6 +366,7 @@ def sites(
     show_table(("site", "kind", "heads", "queries", "keys", "function"), rows, right=(2, 3, 4))
 
 
+app.command()(report)
 app.command()(field)
 app.command()(attention)
 
