@@ -73,7 +73,7 @@ class CellPicture:
         which, caption: Which image it is, in a word and in words.
         sizes: width and height, in pixels, as kept.
         layers: The small pictures.
-        before, after: What the slider wipes between, and what stands at its ends.
+        wiped, before, after: What the slider wipes between, and what stands at its ends.
         legend: Classes that occur, with their colours.
         changed: Colours of the changed pixels, with what they mean.
         told: What the attack reached on it, in words.
@@ -83,6 +83,7 @@ class CellPicture:
     caption: str
     sizes: tuple[int, int]
     layers: Sequence[Layers]
+    wiped: str
     before: Layers
     after: Layers
     legend: Sequence[tuple[str, str]]
@@ -123,24 +124,26 @@ def cell_picture(picture: Picture, defence: str, sprites: Sprites, *, region: st
     layers += [Layers("Ground truth", [of_map("label")])]
     if "target" in pngs:
         layers += [Layers("What the attacker wants", [of_map("target")], edge)]
-    under = "" if defence == "none" else f", {defence}"
     layers += [
-        Layers(f"Prediction without attack{under}", [clean]),
-        Layers(f"Prediction under attack{under}", [attacked], edge),
+        Layers("Prediction without attack", [clean]),
+        Layers("Prediction under attack", [attacked], edge),
         Layers("Changed pixels", [changed], edge, photo),
     ]
     if defence == "none" or "none" not in names:
+        wiped = "Prediction"
         before, after = Layers("without attack", [clean]), Layers("under attack", [attacked], edge)
     else:
+        wiped = "Prediction under attack"
         other = names.index("none")
-        before = Layers("under attack, no defence", [of_map(f"{other}-attacked")], outline(picture.view(other).mask))
-        after = Layers(f"under attack, {defence}", [attacked], edge)
+        before = Layers("no defence", [of_map(f"{other}-attacked")], outline(picture.view(other).mask))
+        after = Layers(defence, [attacked], edge)
     caption = _CHOSEN.get(facts["which"], facts["which"])
     return CellPicture(
         which=facts["which"],
         caption=f"{facts['name']}: {caption}",
         sizes=(width, height),
         layers=layers,
+        wiped=wiped,
         before=before,
         after=after,
         legend=_legend(picture, number),

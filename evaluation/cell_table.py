@@ -30,7 +30,7 @@ class Figure:
         if value is None or math.isnan(value):
             return "—"
         if self.kind == "share":
-            return f"{100 * value:.1f}"
+            return f"{round(100 * value, 1) + 0.0:.1f}".replace("-", "−")  # + 0: no −0.0
         if self.kind == "p":
             return f"{value:.3f}" if value >= 0.001 else "< 0.001"
         return f"{value:.1f}" if self.kind == "seconds" and value < 100 else f"{value:.0f}"
@@ -40,8 +40,8 @@ _COUNTED = "counted pixels"
 #: Every figure of the summary, with its numerator and denominator.
 FIGURES = (
     Figure("success", "fooled", f"Attack success rate: {_COUNTED} predicted as the attacker's target / {_COUNTED} that "
-           f"have a target. For an attack without a target: {_COUNTED} predicted wrong / {_COUNTED}. For each image and "
-           "seed the variant of the attack counts that fools most. Low is robust."),
+           f"have a target. For an attack without a target: {_COUNTED} predicted wrong / {_COUNTED}. For each image "
+           "and seed the variant of the attack counts that fools most. Low is robust."),
     Figure("success_drop", "gain", "Fooled without defence − fooled with it, in points; positive speaks for the "
            "defence."),
     Figure("clean_success", "fooled, no attack", "The same as “fooled” for the clean image: what the model's own "
@@ -53,7 +53,8 @@ FIGURES = (
     Figure("adversarial_miou", "attacked mIoU", f"mIoU against the ground truth under attack, {_COUNTED}. High is "
            "robust."),
     Figure("iou_ratio", "IoU ratio", "Attacked mIoU / clean mIoU of the same pixels, in percent."),
-    Figure("pixel_accuracy", "attacked accuracy", f"{_COUNTED.capitalize()} predicted right under attack / {_COUNTED}."),
+    Figure("pixel_accuracy", "attacked accuracy", f"{_COUNTED.capitalize()} predicted right under attack / "
+           f"{_COUNTED}."),
     Figure("changed", "changed", f"{_COUNTED.capitalize()} whose prediction under attack differs from the clean one / "
            f"{_COUNTED}."),
     Figure("clean_region_miou", "clean mIoU, counted", f"Clean mIoU on the {_COUNTED} alone."),
@@ -70,8 +71,8 @@ FIGURES = (
             ("success", "fooled"), ("target_miou", "target mIoU"), ("adversarial_miou", "attacked mIoU"),
         )
     ),
-    Figure("success_seed_std", "fooled, std over seeds", "Sample standard deviation of “fooled” over the attack's seeds, "
-           "in points."),
+    Figure("success_seed_std", "fooled, std over seeds", "Sample standard deviation of “fooled” over the attack's "
+           "seeds, in points."),
     Figure("images", "images", "How many images the figures of the cell rest on.", "count"),
     Figure("seeds", "seeds", "How many seeds of the attack; their counts are summed.", "count"),
     Figure("steps", "steps", "Steps of the attack for each image, over all its variants.", "count"),
@@ -79,8 +80,13 @@ FIGURES = (
     Figure("backwards", "backward passes", "Backward passes for each image, over all variants.", "count"),
     Figure("seconds", "seconds", "Wall-clock time for each image, over all variants; no two runs share it.", "seconds"),
 )  # fmt: skip
-P_VALUE = Figure("p_holm", "p", "Of a two-sided paired permutation test on the same images: how often a defence that "
-                 "makes no difference would seem to make as much. Corrected for the number of comparisons (Holm).", "p")  # fmt: skip
+P_VALUE = Figure(
+    "p_holm",
+    "p",
+    "Of a two-sided paired permutation test on the same images: how often a defence that makes no difference would "
+    "seem to make as much. Corrected for the number of comparisons (Holm).",
+    "p",
+)
 #: What the sortable table has, in this order; all the others are shown with their cell.
 COLUMNS = (
     "success", "success_drop", "p_holm", "target_miou", "clean_miou", "adversarial_miou", "images", "seeds", "steps",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evaluation.cli_report import report
 from evaluation.cli_shared import (
     Device,
     MaxIter,
@@ -30,7 +31,6 @@ from evaluation.cli_shared import (
     show_table,
     user_errors,
 )
-from evaluation.cli_report import report
 from evaluation.cli_understand import attention, field
 from evaluation.sizes import pair, place
 

@@ -419,7 +419,8 @@ class _Run:
             picture = _kept(kept, rows)
             if picture is None:
                 path.unlink(missing_ok=True)  # it shows other rows, and a kill may come before it is drawn again
-                picture = self._picture(record, which, [r for r in mine if r.image == record.image], applied, undefended)
+                of_image = [r for r in mine if r.image == record.image]
+                picture = self._picture(record, which, of_image, applied, undefended)
                 picture.save(kept, rows)
             if not path.exists():
                 _draw(path, picture)

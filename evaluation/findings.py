@@ -29,9 +29,9 @@ def lead(results: Results) -> str:
     return (
         f"{images} image{'s' if images != 1 else ''}{f' of {data}' if data else ''} "
         f"{'were' if images != 1 else 'was'} attacked by {_listed(attacks, 'attacks')}{with_what}, on "
-        f"{_listed(_names(results, 'model'), 'models')}{under}. “Fooled” is the share of pixels on which the model says "
-        "what the attacker wants: the lower, the more robust. Each number is that of the strongest variant of the attack "
-        "on each image."
+        f"{_listed(_names(results, 'model'), 'models')}{under}. “Fooled” is the share of pixels on which the model "
+        "says what the attacker wants: the lower, the more robust. Each number is that of the strongest variant of the "
+        "attack on each image."
     )
 
 
@@ -72,9 +72,8 @@ def missing(results: Results, lacking: Sequence[str]) -> list[tuple[str, str]]:
     told: list[tuple[str, str]] = []
     if lacking:
         shown = "; ".join(lacking[:6]) + (f"; and {len(lacking) - 6} more" if len(lacking) > 6 else "")
-        told.append(
-            ("Not finished", f"{len(lacking)} cells lack images ({shown}). The command that began the run goes on with it.")
-        )
+        those = f"{len(lacking)} cell{'s lack' if len(lacking) > 1 else ' lacks'} images ({shown})"
+        told.append(("Not finished", f"{those}. The command that began the run goes on with it."))
     elif results.interrupted:
         told.append(("Interrupted", "Only what was finished is here."))
     told += sorted(("Left out", str(left)) for left in gathered(results.left_out))

@@ -196,7 +196,7 @@ def _curves(folders: Sequence[Path], verdicts: Sequence[Verdict]) -> dict[str, A
         return None
     models, defences = list(frame["model"].unique()), list(frame["defence"].unique())
     looks = {(m, d): Look.of(models.index(m), defences.index(d)) for m, d in _pairs(frame, "model", "defence")}
-    charts: list[Chart] = []
+    groups: dict[str, list[Chart]] = {}
     for axis, attack in _pairs(frame, "axis", "attack"):
         here = frame[(frame["axis"] == axis) & (frame["attack"] == attack)]
         series = []
@@ -215,7 +215,8 @@ def _curves(folders: Sequence[Path], verdicts: Sequence[Verdict]) -> dict[str, A
                 if math.isfinite(row["x"])
             ]
             series.append((f"{model} · {defence}{doubt}", looks[model, defence], data))
-        charts.append(line_chart(attack, AXES.get(axis, axis), "fooled, %", series))
+        label = AXES.get(axis, axis)
+        groups.setdefault(label[:1].upper() + label[1:], []).append(line_chart(attack, label, "fooled, %", series))
     headings = ("axis", "attack", "model", "defence", "x", "fooled", "clean mIoU", "attacked mIoU", "images")
     table = [
         (
@@ -226,9 +227,10 @@ def _curves(folders: Sequence[Path], verdicts: Sequence[Verdict]) -> dict[str, A
         for row in frame.to_dict("records")
     ]  # fmt: skip
     legend = [
-        (f"{m} · {d}" + (" ⚠ unreliable" if _any_failed(verdicts, m, d) else ""), look) for (m, d), look in looks.items()
+        (f"{model} · {defence}" + (" ⚠ unreliable" if _any_failed(verdicts, model, defence) else ""), look)
+        for (model, defence), look in looks.items()
     ]
-    return {"charts": charts, "headings": headings, "rows": table, "legend": legend}
+    return {"groups": groups, "headings": headings, "rows": table, "legend": legend}
 
 
 def _any_failed(verdicts: Sequence[Verdict], model: str, defence: str) -> bool:
@@ -270,7 +272,7 @@ def _sweep(folders: Sequence[Path]) -> dict[str, Any] | None:
         charts.append(scatter(f"{model} · {attack}", "clean mIoU, %", "attacked mIoU, %", series))
     headings = ("model", "attack", "setting", "clean mIoU", "attacked mIoU", "fooled", "images", "")
     legend = [(names[name], look) for name, look in looks.items()]
-    return {"charts": charts, "headings": headings, "rows": table, "legend": legend}
+    return {"groups": {"": charts}, "headings": headings, "rows": table, "legend": legend}
 
 
 def _setting(row: Mapping[Any, Any]) -> str:

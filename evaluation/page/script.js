@@ -99,10 +99,9 @@
   // the wipe
   for (const input of all("[data-wipe]")) {
     const figure = input.closest(".wipe");
-    const names = all("figcaption span", figure).map((span) => span.textContent);
     const move = () => {
       figure.style.setProperty("--wipe", `${input.value}%`);
-      input.setAttribute("aria-valuetext", `${input.value} % ${names[0]}, ${100 - input.value} % ${names[1]}`);
+      input.setAttribute("aria-valuetext", `${input.value} % ${input.dataset.before}, ${100 - input.value} % ${input.dataset.after}`);
     };
     input.addEventListener("input", move);
     move();
