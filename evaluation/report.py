@@ -29,6 +29,8 @@ from evaluation.verdicts import Verdict, failed
 if TYPE_CHECKING:
     import jinja2
 
+#: Of the images, for every interval on a page.
+RESAMPLES = 2000
 #: What ``curves.csv`` varies, as it stands under a chart.
 AXES = {
     "patch_size": "side of the patch, pixels",
@@ -62,7 +64,7 @@ def write_report(folder: Path, results: Results | None = None, out: Path | None 
     results.to_json(folder / "summary.json")
     write_whole(folder / "rows.csv", results.rows.to_csv(index=False))
     out = folder / "report.html" if out is None else out
-    write_whole(out, page(results, [folder]))
+    write_whole(out, page(results, [folder], resamples=RESAMPLES))
     return out
 
 
@@ -76,7 +78,7 @@ def write_joined_report(folders: Sequence[Path], out: Path) -> Path:
     for run, folder in zip(runs, folders, strict=True):
         _check_rows(run, folder)
     lacking = [name for run in runs for name in findings.unfinished(run)]
-    write_whole(out, page(Results.joined(runs).ordered(), folders, lacking=lacking))
+    write_whole(out, page(Results.joined(runs).ordered(), folders, lacking=lacking, resamples=RESAMPLES))
     return out
 
 
@@ -86,7 +88,7 @@ def page(
     *,
     lacking: Sequence[str] | None = None,
     level: float = 0.95,
-    resamples: int = 2000,
+    resamples: int = RESAMPLES,
 ) -> str:
     """The page of a run as HTML; the same text for the same run.
 

@@ -24,7 +24,7 @@ from tiny import NB_CLASSES, SHAPE, files, linear_cnn, random_images, random_lab
 from torch import Tensor
 from typer.testing import CliRunner
 
-from evaluation import experiment
+from evaluation import experiment, report
 from evaluation.cli import app
 from evaluation.datasets import FolderData, TorchvisionData
 from evaluation.experiment import evaluate
@@ -38,8 +38,9 @@ CLASSES = tuple("abcd")
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two images in a file, and no figures."""
+    """Two images in a file, no figures, and a page of few resamples."""
     monkeypatch.setattr(experiment, "CHUNK", 2)
+    monkeypatch.setattr(report, "RESAMPLES", 20)
     monkeypatch.setattr(experiment, "save_figure", lambda *args, **kwargs: None)
 
 
