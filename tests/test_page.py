@@ -147,7 +147,7 @@ def test_a_cell_is_opened_and_closed_by_mouse(opened: Opened) -> None:
               "Prediction under attack", "Changed pixels"]  # fmt: skip
     shown = dialog.locator(".picture").first.locator("figure:not(.wipe) figcaption")
     assert shown.all_inner_texts() == titles
-    drawn = page.evaluate("[...document.querySelectorAll('dialog[open] svg')].map(s => s.getBoundingClientRect().width)")
+    drawn = dialog.locator("svg").evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
     assert min(drawn) > 100
     dialog.get_by_role("button", name="Next cell").click()
     assert page.locator("dialog[open]").count() == 1
