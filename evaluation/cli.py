@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evaluation.cli_curves import curves, tune
+from evaluation.cli_report import report
 from evaluation.cli_shared import (
     Device,
     MaxIter,
@@ -126,10 +127,18 @@ def evaluate(
     show(results.table())
     if run.out is not None:
         show(f"Rows, tables, patches and figures: {run.out}")
+        _name_page(Path(run.out))
     if results.interrupted:
         raise typer.Exit(130)
     if results.left_out:
         raise typer.Exit(1)
+
+
+def _name_page(folder: Path) -> None:
+    """Name the page of a run, if it has one: a run that was stopped before its first row has none."""
+    page = folder / "report.html"
+    if page.exists():
+        show(f"Page: {page}", markup=False)
 
 
 def _run_file(path: Path | None, given: dict[str, Any]) -> RunFile:
@@ -332,6 +341,7 @@ def demo(
     for sentence in results.sentences():
         show(sentence)
     show(f"\nFigures: {out / 'figures'}")
+    _name_page(out)
 
 
 @app.command()
@@ -357,6 +367,7 @@ def sites(
     show_table(("site", "kind", "heads", "queries", "keys", "function"), rows, right=(2, 3, 4))
 
 
+app.command()(report)
 app.command()(field)
 app.command()(attention)
 app.command()(curves)

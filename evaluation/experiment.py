@@ -26,7 +26,7 @@ from evaluation.contact import check_promises, costs_of, generate, mask_of, take
 from evaluation.datasets import load_data
 from evaluation.distance import count_rings
 from evaluation.figures import Panel, save_figure
-from evaluation.files import write_whole
+from evaluation.files import DamagedError
 from evaluation.fingerprints import identity, model_fingerprint, plain_value, versions_of
 from evaluation.frames import SegmentationData
 from evaluation.given import (
@@ -39,7 +39,9 @@ from evaluation.given import (
     named_segmenters,
 )
 from evaluation.metrics import REGIONS, Region, confusion, counted_pixels
+from evaluation.pictures import Picture, View, as_photo, chosen, rows_hash
 from evaluation.progress import Tick, progress_bar
+from evaluation.report import write_report
 from evaluation.results import LeftOut, Record, Results, Skipped, worst
 from evaluation.store import NONE, Cell, Store, file_name
 from evaluation.survey import Survey, first_readable, read_batch, reason, survey
@@ -162,9 +164,7 @@ def evaluate(
         except KeyboardInterrupt:
             results.interrupted = True
     if out is not None and results.records:
-        results.to_csv(Path(out) / "summary.csv")
-        results.to_json(Path(out) / "summary.json")
-        write_whole(Path(out) / "rows.csv", results.rows.to_csv(index=False))
+        write_report(Path(out), results)
     return results
 
 
@@ -206,7 +206,6 @@ class _Run:
     store: Store
     tick: Tick
     results: Results
-    computed: set[tuple[str, str]] = field(default_factory=set)  # (model, attack) of which a cell was not there
 
     def model(self, model: str, segmenter: PyTorchSegmenter, defences: Mapping[str, DefenceFunction]) -> None:
         undefended = _Defended(NONE, segmenter, self.batch_size)
@@ -300,7 +299,6 @@ class _Run:
         undefended: _Defended,
     ) -> list[Record] | None:
         """Attack, measure, and keep the rows; None where they are left out."""
-        self.computed.add((cell.model, cell.attack))
         try:
             records, changes = self._chunk(cell, make(), self._readable(images), defended, undefended)
         except NotApplicableError:
@@ -418,43 +416,53 @@ class _Run:
             for r in self.results.records
             if (r.model, r.attack) == (model, attack) and r.image not in self.survey.unreadable
         ]
-        ranked = sorted(worst(r for r in mine if r.defence == NONE), key=lambda r: np.nan_to_num(r.success, nan=-1.0))
-        if not ranked:
-            return
-        for which, chosen in (("worst", ranked[-1]), ("median", ranked[(len(ranked) - 1) // 2])):
+        rows = rows_hash(mine)
+        for which, record in chosen(r for r in mine if r.defence == NONE).items():
+            kept = self.store.folder / "pictures" / file_name(model) / file_name(attack) / f"{which}.jsonl"
             path = self.store.folder / "figures" / f"{file_name(model)}--{file_name(attack)}--{which}.png"
-            if path.exists() and (model, attack) not in self.computed:
-                continue
-            made = self._make(attack, "plain", chosen.seed, undefended.segmenter)
-            image = chosen.image
-            x, y, _ = read_batch(self.data, [image])
-            aim = target_map(made, y, [image])
-            panels = []
-            mask = None
-            for defended in applied:
-                of_image = (r for r in mine if (r.defence, r.image, r.seed) == (defended.name, image, chosen.seed))
-                for record in worst(of_image):  # none, where it was left out
-                    adversarial, mask = self._patched(record, undefended, x)
-                    panels.append(
-                        Panel(
-                            title=defended.name,
-                            subtitle=f"{record.variant} attack\n{100 * record.success:.0f} % fooled",
-                            image=x[0],
-                            patched=adversarial[0],
-                            clean=defended.predict_clean(x, [image])[0],
-                            attacked=defended.predict(adversarial, [image])[0],
-                        )
+            picture = _kept(kept, rows)
+            if picture is None:
+                path.unlink(missing_ok=True)  # it shows other rows, and a kill may come before it is drawn again
+                of_image = [r for r in mine if r.image == record.image]
+                picture = self._picture(record, which, of_image, applied, undefended)
+                picture.save(kept, rows)
+            if not path.exists():
+                _draw(path, picture)
+
+    def _picture(
+        self, chosen: Record, which: str, of_image: list[Record], applied: list[_Defended], undefended: _Defended
+    ) -> Picture:
+        """What every defence makes of one image."""
+        made = self._make(chosen.attack, "plain", chosen.seed, undefended.segmenter)
+        image = chosen.image
+        x, y, _ = read_batch(self.data, [image])
+        aim = target_map(made, y, [image])
+        views = []
+        for defended in applied:
+            mine = (r for r in of_image if (r.defence, r.seed) == (defended.name, chosen.seed))
+            for record in worst(mine):  # none, where it was left out
+                adversarial, mask = self._patched(record, undefended, x)
+                views.append(
+                    View(
+                        defence=defended.name,
+                        variant=record.variant,
+                        success=record.success,
+                        patched=as_photo(adversarial[0]),
+                        mask=None if mask is None else mask[0],
+                        clean=defended.predict_clean(x, [image])[0],
+                        attacked=defended.predict(adversarial, [image])[0],
                     )
-            save_figure(
-                path,
-                panels,
-                label=y[0],
-                target=None if aim is None else aim[0],
-                mask=None if mask is None else mask[0],
-                classes=self.data.classes,
-                colors=self.data.colors,
-                title=f"{model}, attack {attack}, image {chosen.name}: the {which} one without defence",
-            )
+                )
+        return Picture.of(
+            chosen,
+            which,
+            photo=as_photo(x[0]),
+            label=y[0],
+            target=None if aim is None else aim[0],
+            views=views,
+            classes=self.data.classes,
+            colors=self.data.colors,
+        )
 
     def _patched(
         self, record: Record, undefended: _Defended, x: NDArray[np.float32]
@@ -470,6 +478,39 @@ class _Run:
 
     def _readable(self, images: Sequence[int]) -> list[int]:
         return [image for image in images if image not in self.survey.unreadable]
+
+
+def _kept(path: Path, rows: str) -> Picture | None:
+    """The picture of these rows, if there is one and nothing happened to it."""
+    try:
+        return Picture.load(path, rows)
+    except (FileNotFoundError, DamagedError):
+        return None
+
+
+def _draw(path: Path, picture: Picture) -> None:
+    views, facts = picture.views(), picture.facts
+    told = f"{facts['model']}, attack {facts['attack']}, image {facts['name']}"
+    save_figure(
+        path,
+        [
+            Panel(
+                title=view.defence,
+                subtitle=f"{view.variant} attack\n{100 * view.success:.0f} % fooled",
+                image=picture.photo,
+                patched=view.patched,
+                clean=view.clean,
+                attacked=view.attacked,
+            )
+            for view in views
+        ],
+        label=picture.label,
+        target=picture.target,
+        mask=views[-1].mask,
+        classes=facts["classes"],
+        colors=picture.colors,
+        title=f"{told}: the {facts['which']} one without defence",
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -14,13 +14,13 @@ import numpy as np
 
 from evaluation.files import write_figure
 from evaluation.frames import IGNORE_INDEX
+from evaluation.palette import VOID, hexadecimal, paint
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
 
-_VOID = (190, 190, 190)
 _OUTLINE = "#ff2fd6"  # magenta: rare on photographs, and none of the default class colours
 
 
@@ -29,7 +29,7 @@ class Panel:
     """One row of a figure: a defence, and what the model sees and says under it.
 
     Shape:
-        image, patched: ``(3, H, W)`` in ``[0, 1]``; clean, attacked: predicted classes ``(H, W)``.
+        image, patched: ``(H, W, 3)`` uint8; clean, attacked: predicted classes ``(H, W)``.
     """
 
     title: str
@@ -38,13 +38,6 @@ class Panel:
     patched: Array
     clean: Array
     attacked: Array
-
-
-def paint(labels: Array, colors: Sequence[tuple[int, int, int]]) -> Array:
-    """Label map ``(H, W)`` → RGB picture ``(H, W, 3)`` uint8; void is light grey."""
-    palette = np.full((256 if len(colors) < 256 else len(colors) + 1, 3), _VOID, dtype=np.uint8)
-    palette[: len(colors)] = np.asarray(colors, dtype=np.uint8)
-    return palette[np.where(labels == IGNORE_INDEX, len(palette) - 1, labels)]
 
 
 def save_figure(
@@ -101,7 +94,7 @@ def save_figure(
     for place, (row, panel) in enumerate(zip(axes, panels, strict=True)):
         maps = (panel.clean, panel.attacked, last[1])
         shown.update(*(np.unique(m).tolist() for m in maps))
-        pictures = [_picture(panel.image), _picture(panel.patched), *(paint(m, colors) for m in maps)]
+        pictures = [panel.image, panel.patched, *(paint(m, colors) for m in maps)]
         for column, (axis, picture) in enumerate(zip(row, pictures, strict=True)):
             axis.imshow(picture, interpolation="nearest")
             axis.set_xticks([])
@@ -112,12 +105,12 @@ def save_figure(
                 _outline(axis, mask)
         row[0].set_ylabel(f"{panel.title}\n{panel.subtitle}", fontsize=9)
     swatches = [
-        Swatch(facecolor=_hex(colors[i]), edgecolor="0.4", linewidth=0.5, label=classes[i])
+        Swatch(facecolor=hexadecimal(colors[i]), edgecolor="0.4", linewidth=0.5, label=classes[i])
         for i in sorted(shown)
         if i < len(classes)
     ]
     if IGNORE_INDEX in shown:
-        swatches.append(Swatch(facecolor=_hex(_VOID), edgecolor="0.4", linewidth=0.5, label="void"))
+        swatches.append(Swatch(facecolor=hexadecimal(VOID), edgecolor="0.4", linewidth=0.5, label="void"))
     if mask is not None:
         swatches.append(Swatch(facecolor="none", edgecolor=_OUTLINE, label="patch"))
     figure.legend(handles=swatches, loc="lower center", ncols=min(len(swatches), 14), fontsize=8, frameon=False)
@@ -135,11 +128,3 @@ def _outline(axis: Any, mask: Array) -> None:
     from matplotlib.collections import LineCollection
 
     axis.add_collection(LineCollection(edges, colors=_OUTLINE, linewidths=1.6, clip_on=False), autolim=False)
-
-
-def _hex(color: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*color)
-
-
-def _picture(image: Array) -> Array:
-    return np.clip(np.moveaxis(image, 0, -1), 0, 1)

@@ -355,7 +355,7 @@ class Results:
         notes = [
             f"n/a: {skip.attack or skip.defence} does not apply to {skip.model}: {skip.reason}" for skip in self.skipped
         ]
-        notes += [f"left out: {left_out}" for left_out in _gathered(self.left_out)]
+        notes += [f"left out: {left_out}" for left_out in gathered(self.left_out)]
         if self.interrupted:
             notes.insert(0, "INTERRUPTED: only what was finished is here.")
         counted = f"Void pixels{under} count nowhere; clean mIoU is of the whole image."
@@ -402,19 +402,25 @@ class Results:
                 left_out.append(LeftOut(**{**header["left_out"], "images": tuple(header["left_out"]["images"])}))
             left_out += [LeftOut(reason, (int(image),)) for image, reason in header.get("unreadable", {}).items()]
             records += rows
-        axes = {axis: list(configuration[f"{axis}s"]) for axis in _KEY}
-        seed = configuration.get("seed", 0)
+        return cls(records, classes, skipped, configuration, left_out=list(dict.fromkeys(left_out))).ordered()
+
+    def ordered(self) -> Results:
+        """The same in the order of the configuration, whatever the order in which it was found."""
+        axes = {axis: list(self.configuration.get(f"{axis}s", ())) for axis in _KEY}
+        seed = self.configuration.get("seed", 0)
         seeds = seed if isinstance(seed, list) else [seed]
-        records.sort(
+        records = sorted(
+            self.records,
             key=lambda r: (
                 *(_index(axes[axis], getattr(r, axis)) for axis in _KEY), _order(r.variant), _index(seeds, r.seed),
                 r.image,
-            )
+            ),
         )  # fmt: skip
-        skipped.sort(
-            key=lambda s: tuple(_index(axes[axis], getattr(s, axis) or "") for axis in ("model", "defence", "attack"))
+        skipped = sorted(
+            self.skipped,
+            key=lambda s: tuple(_index(axes[axis], getattr(s, axis) or "") for axis in ("model", "defence", "attack")),
         )
-        return cls(records, classes, skipped, configuration, left_out=list(dict.fromkeys(left_out)))
+        return replace(self, records=records, skipped=skipped)
 
     @classmethod
     def joined(cls, runs: Sequence[Results]) -> Results:
@@ -445,7 +451,8 @@ class Results:
         interrupted = any(run.interrupted for run in runs)
         left_out = list(dict.fromkeys(left for run in runs for left in run.left_out))
         configuration = {**first.configuration, **axes}
-        return cls(list(records.values()), first.classes, skipped, configuration, interrupted, left_out)
+        verdicts = list(dict.fromkeys(verdict for run in runs for verdict in run.verdicts))
+        return cls(list(records.values()), first.classes, skipped, configuration, interrupted, left_out, verdicts)
 
 
 def _columns() -> list[str]:
@@ -471,7 +478,7 @@ def _check_same_run(
             raise ValueError(f"{path} belongs to another run: its image {image} is not that of the other files")
 
 
-def _gathered(left_out: Iterable[LeftOut]) -> list[LeftOut]:
+def gathered(left_out: Iterable[LeftOut]) -> list[LeftOut]:
     """What went wrong in the same way for several files of one cell, together."""
     together: dict[LeftOut, tuple[int, ...]] = {}
     for one in left_out:

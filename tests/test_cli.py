@@ -224,7 +224,8 @@ def test_demo_ends_with_the_table_a_sentence_and_the_figures(monkeypatch: pytest
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
     assert text.index("attack: permute") < text.index("attack: strip") < text.index("On zoo:scenes-nonlocal, ram ")
-    assert text.endswith("Figures: runs/demo/figures")
+    assert text.endswith("Figures: runs/demo/figures Page: runs/demo/report.html")
+    assert Path("runs/demo/report.html").exists()
     assert Path("runs/demo/summary.csv").exists()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from attacks.catalogue import attacks as attack_catalogue
 from attacks.catalogue import register_attack
 from attacks.patch import Patch
-from evaluation import experiment
+from evaluation import experiment, report
 from evaluation.experiment import evaluate
 from evaluation.frames import IGNORE_INDEX, Frame
 from evaluation.results import Record, Results, worst
@@ -135,6 +135,7 @@ def half_reach(plain: PyTorchSegmenter) -> PyTorchSegmenter:
 @pytest.fixture(autouse=True)
 def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a small run's time, so only the test that looks at figures draws them."""
+    monkeypatch.setattr(report, "RESAMPLES", 20)
     if "figures" not in request.node.name:
         monkeypatch.setattr(experiment, "save_figure", lambda *args, **kwargs: None)
 

@@ -24,7 +24,7 @@ from tiny import NB_CLASSES, SHAPE, files, linear_cnn, random_images, random_lab
 from torch import Tensor
 from typer.testing import CliRunner
 
-from evaluation import experiment
+from evaluation import experiment, report
 from evaluation.cli import app
 from evaluation.datasets import FolderData, TorchvisionData
 from evaluation.experiment import evaluate
@@ -38,8 +38,9 @@ CLASSES = tuple("abcd")
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two images in a file, and no figures."""
+    """Two images in a file, no figures, and a page of few resamples."""
     monkeypatch.setattr(experiment, "CHUNK", 2)
+    monkeypatch.setattr(report, "RESAMPLES", 20)
     monkeypatch.setattr(experiment, "save_figure", lambda *args, **kwargs: None)
 
 
@@ -160,7 +161,8 @@ def test_a_run_that_ends_in_any_of_its_writes_goes_on_to_the_same_bytes(
             assert {p: p.stat().st_mtime_ns for p in kept} == kept, "what is finished is not written again"
         else:
             pytest.fail("the run never ended")
-        assert write == 1 + 2 * 3 + 2 + 3 + 1, "configuration, two cells with patches, one without, three tables"
+        tables = 4  # the page is one of them
+        assert write == 1 + 2 * 3 + 2 + 2 + tables + 1, "configuration, two cells with patches, one without, pictures"
 
 
 def child(data: Path, out: Path) -> None:

@@ -87,5 +87,5 @@ def coloured_shapes(number: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
 def files(folder: Path) -> dict[str, bytes]:
     """What a run keeps; without what tells how long it took, which no two runs share."""
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    timed = {"summary.csv", "summary.json", "times"}
+    timed = {"summary.csv", "summary.json", "report.html", "times"}
     return {str(path): (folder / path).read_bytes() for path in paths if not timed & set(path.parts)}
