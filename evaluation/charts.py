@@ -15,6 +15,8 @@ MARKERS = (
     "M-4 0A4 4 0 1 0 4 0A4 4 0 1 0 -4 0Z", "M-3.6-3.6H3.6V3.6H-3.6Z", "M0-4.8L4.6 3.6H-4.6Z", "M0-5L5 0L0 5L-5 0Z",
     "M0 4.8L4.6-3.6H-4.6Z", "M-4-1.3H-1.3V-4H1.3V-1.3H4V1.3H1.3V4H-1.3V1.3H-4Z",
 )  # fmt: skip
+#: Around a point that has a marker of its own already.
+RING = "M-8 0A8 8 0 1 0 8 0A8 8 0 1 0 -8 0ZM-6.2 0A6.2 6.2 0 1 1 6.2 0A6.2 6.2 0 1 1 -6.2 0Z"
 #: How many colours the style sheet has for lines.
 COLOURS = 6
 
@@ -32,11 +34,12 @@ class Datum:
 
 @dataclass(frozen=True)
 class Look:
-    """How a series is told from the others: by colour, dashes and marker."""
+    """How a series is told from the others: by colour, dashes and marker; ``joined``: whether it is a line at all."""
 
     colour: int
     dash: str
     marker: str
+    joined: bool = True
 
     @classmethod
     def of(cls, colour: int, shape: int) -> Look:
@@ -98,28 +101,21 @@ def line_chart(
     steps = nice_ticks(0.0, max(highest, 0.02))
     down = _scale([steps[0], steps[-1]], HEIGHT - BOTTOM, TOP)
     lines = [
-        Line(name, look, *_drawn(data, lambda x: across(math.log(x) if logarithmic else x), down, joined=True))
+        Line(name, look, *_drawn(data, lambda x: across(math.log(x) if logarithmic else x), down, look.joined))
         for name, look, data in series
     ]
     x_ticks = _without_collisions([(across(math.log(v) if logarithmic else v), f"{v:g}") for v in values])
     return Chart(title, x_label, y_label, x_ticks, [(down(v), f"{100 * v:g}") for v in steps], lines)
 
 
-def scatter(
-    title: str, x_label: str, y_label: str, series: Sequence[tuple[str, Look, Sequence[Datum], bool]]
-) -> Chart:
-    """Shares against shares, 0 to 1, in percent; the axes hold what there is.
-
-    Args:
-        title, x_label, y_label: What stands around it.
-        series: Name, look, points, and whether they are joined by a line, from left to right.
-    """
-    points = [datum for _, _, data, _ in series for datum in data]
+def scatter(title: str, x_label: str, y_label: str, series: Sequence[tuple[str, Look, Sequence[Datum]]]) -> Chart:
+    """Shares against shares, 0 to 1, in percent; the axes hold what there is. Lines go from left to right."""
+    points = [datum for _, _, data in series for datum in data]
     x_steps = nice_ticks(min((d.x for d in points), default=0.0), max((d.x for d in points), default=1.0))
     y_steps = nice_ticks(min((d.y for d in points), default=0.0), max((d.y for d in points), default=1.0))
     across = _scale([x_steps[0], x_steps[-1]], LEFT + 8, WIDTH - RIGHT - 12)
     down = _scale([y_steps[0], y_steps[-1]], HEIGHT - BOTTOM - 6, TOP + 4)
-    lines = [Line(name, look, *_drawn(data, across, down, joined=joined)) for name, look, data, joined in series]
+    lines = [Line(name, look, *_drawn(data, across, down, look.joined)) for name, look, data in series]
     x_ticks = _without_collisions([(across(v), f"{100 * v:g}") for v in x_steps])
     return Chart(title, x_label, y_label, x_ticks, [(down(v), f"{100 * v:g}") for v in y_steps], lines)
 
@@ -147,7 +143,7 @@ def _scale(values: Sequence[float], start: float, end: float) -> Callable[[float
 
 
 def _drawn(
-    data: Sequence[Datum], across: Callable[[float], float], down: Callable[[float], float], *, joined: bool
+    data: Sequence[Datum], across: Callable[[float], float], down: Callable[[float], float], joined: bool
 ) -> tuple[list[Mark], str]:
     marks = []
     for datum in sorted(data, key=lambda d: d.x):

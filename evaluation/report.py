@@ -19,7 +19,7 @@ import pandas as pd
 from evaluation import findings, statistics
 from evaluation.cell_pictures import CellPicture, Sprites, cell_picture
 from evaluation.cell_table import COLUMNS, FIGURES, P_VALUE, CellRow, cell_rows
-from evaluation.charts import Chart, Datum, Look, line_chart, scatter
+from evaluation.charts import DASHES, MARKERS, RING, Chart, Datum, Look, line_chart, scatter
 from evaluation.files import write_whole
 from evaluation.heat_map import heat_map
 from evaluation.pictures import WHICH, Picture
@@ -35,7 +35,7 @@ RESAMPLES = 2000
 AXES = {
     "patch_size": "side of the patch, pixels",
     "max_iter": "steps of the attack",
-    "max_attention": "k of RAM's bound k/N",
+    "max_attention": "RAM's bound: k of k/N",
     "drop_probability": "RAM's drop probability p",
 }
 
@@ -248,7 +248,12 @@ def _sweep(folders: Sequence[Path]) -> dict[str, Any] | None:
         "front": "Pareto front: no other setting is better in both", "other": "other settings",
         "none": "without defence", "chosen": "the chosen setting",
     }  # fmt: skip
-    looks = {name: Look.of(number, number) for number, name in enumerate(("other", "front", "none", "chosen"))}
+    looks = {
+        "other": Look(0, "", MARKERS[0], joined=False),
+        "front": Look(1, DASHES[1], MARKERS[1]),
+        "none": Look(2, "", MARKERS[2], joined=False),
+        "chosen": Look(4, "", RING, joined=False),
+    }
     charts, table = [], []
     for model, attack in _pairs(frame, "model", "attack"):
         groups: dict[str, list[Datum]] = {name: [] for name in ("other", "front", "none", "chosen")}
@@ -260,7 +265,7 @@ def _sweep(folders: Sequence[Path]) -> dict[str, Any] | None:
             kind = "none" if row["variant"] == "none" else "front" if front else "other"
             groups[kind].append(datum)
             if kind == "none" and front:
-                groups["front"].append(datum)  # the line of the front passes through it
+                groups["front"].append(replace(datum, label=""))  # the line of the front passes through it
             if picked:
                 groups["chosen"].append(datum)
             marks = [name for name, holds in (("chosen", picked), ("Pareto front", front)) if holds]
@@ -270,7 +275,8 @@ def _sweep(folders: Sequence[Path]) -> dict[str, Any] | None:
                     _percent(row["success"]), f"{row['images']:.0f}", ", ".join(marks),
                 )
             )  # fmt: skip
-        series = [(names[name], looks[name], data, name == "front") for name, data in groups.items()]
+        # the front first, so that its line lies under the points
+        series = [(names[name], looks[name], groups[name]) for name in ("front", "other", "none", "chosen")]
         charts.append(scatter(f"{model} · {attack}", "clean mIoU, %", "attacked mIoU, %", series))
     headings = ("model", "attack", "setting", "clean mIoU", "attacked mIoU", "fooled", "images", "")
     legend = [(names[name], look) for name, look in looks.items()]

@@ -417,7 +417,7 @@ def test_a_curve_goes_where_its_numbers_say() -> None:
     even = line_chart("t", "x", "y", [("a", Look.of(0, 0), [Datum(0, 0.1), Datum(5, 0.1), Datum(20, 0.1)])])
     x = [m.x for m in even.lines[0].marks]
     assert (x[1] - x[0]) / (x[2] - x[0]) == pytest.approx(0.25, abs=0.01), "linear, since there is a 0"
-    (alone,) = scatter("t", "x", "y", [("a", Look.of(0, 0), [Datum(0.5, 0.5)], True)]).lines
+    (alone,) = scatter("t", "x", "y", [("a", Look.of(0, 0), [Datum(0.5, 0.5)])]).lines
     assert alone.path == ""
     assert len(alone.marks) == 1
 
