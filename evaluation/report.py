@@ -124,6 +124,7 @@ def page(
         "curves": _curves(folders, results.verdicts),
         "sweep": _sweep(folders),
         "classes": _classes(results, level, resamples),
+        "rings": _rings(results, level, resamples),
         "configuration": _configuration(results.configuration),
         "run_files": [
             (folder / "run.yaml").read_text(encoding="utf-8") for folder in folders if (folder / "run.yaml").exists()
@@ -305,15 +306,28 @@ def _pairs(frame: pd.DataFrame, one: str, other: str) -> list[tuple[str, str]]:
 def _classes(results: Results, level: float, resamples: int) -> list[dict[str, Any]]:
     """IoU of each class: one table for each model and attack, two columns for each defence."""
     frame = statistics.class_table(results, level=level, resamples=resamples)
+    return _tables(results, frame.assign(name=frame["class"]), ("clean_iou", "adversarial_iou"))
+
+
+def _rings(results: Results, level: float, resamples: int) -> list[dict[str, Any]]:
+    """Success by distance from the patch: one table for each model and attack, a column for each defence."""
+    frame = statistics.success_by_distance(results, level=level, resamples=resamples)
+    names = [
+        f"{100 * low:g} to {100 * high:g} %" if math.isfinite(high) else f"over {100 * low:g} %"
+        for low, high in zip(frame["from"], frame["to"], strict=True)
+    ]
+    return _tables(results, frame.assign(name=names), ("success",))
+
+
+def _tables(results: Results, frame: pd.DataFrame, figures: Sequence[str]) -> list[dict[str, Any]]:
+    """One table for each model and attack: a row for each name, its figures with intervals under each defence."""
     tables = []
     for model, attack in _pairs(frame, "model", "attack"):
         here = frame[(frame["model"] == model) & (frame["attack"] == attack)]
         defences = list(here["defence"].unique())
         rows: dict[str, list[str]] = {}
         for row in here.to_dict("records"):
-            rows.setdefault(row["class"], []).extend(
-                _with_interval(row, name) for name in ("clean_iou", "adversarial_iou")
-            )
+            rows.setdefault(row["name"], []).extend(_with_interval(row, name) for name in figures)
         doubtful = [d for d in defences if failed(results.verdicts, model, attack, d)]
         tables.append({"model": model, "attack": attack, "defences": defences, "rows": rows, "doubtful": doubtful})
     return tables

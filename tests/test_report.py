@@ -22,7 +22,7 @@ from PIL import Image
 from tiny import files
 from typer.testing import CliRunner
 
-from evaluation import experiment, heat_map, report
+from evaluation import experiment, heat_map, report, statistics
 from evaluation.cell_pictures import Sprites, cell_picture, outline
 from evaluation.charts import Datum, Look, line_chart, nice_ticks, scatter
 from evaluation.cli import app
@@ -117,6 +117,14 @@ def test_the_table_has_the_intervals_of_the_statistics(finished: Path) -> None:
     assert not p_values.empty
     for p in p_values:
         assert f" {p:.3f} " in text
+
+
+def test_success_by_distance_is_on_the_page(finished: Path) -> None:
+    text = words(page_of(finished))
+    for row in statistics.success_by_distance(Results.load(finished), resamples=20).to_dict("records"):
+        if not math.isnan(row["success_low"]):
+            told = f"{100 * row['success']:.1f} [{100 * row['success_low']:.1f}, {100 * row['success_high']:.1f}]"
+            assert told in text
 
 
 def test_the_page_is_made_again_to_the_byte_without_a_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +239,9 @@ def test_an_unreliable_cell_is_marked_wherever_it_is_shown(run: Path) -> None:
     assert len(re.findall(r'<tr [^>]*class="doubtful"', text)) == len(doubtful)
     marked = [cell for cell in dialogs(text) if "Unreliable:" in cell]
     assert len(marked) == len(doubtful)
-    assert len(re.findall(r"shifted <span class=\"sign\">⚠ unreliable", text)) == len(doubtful), "single classes"
+    for section in ("rings", "classes"):
+        tables = text[text.index(f'<section aria-labelledby="{section}-title"') :].split("</section>")[0]
+        assert len(re.findall(r"shifted <span class=\"sign\">⚠ unreliable", tables)) == len(doubtful), section
     assert text.count("m · shifted ⚠ unreliable") == 1, "the curves' legend"
     assert "m, shifted ⚠ unreliable:" in text, "and its points"
     section = words(text[text.index('id="checks"') : text.index('id="curves"')])
