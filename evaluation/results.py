@@ -20,7 +20,7 @@ from evaluation import metrics, tables
 from evaluation.files import DamagedError, read_lines, write_whole
 from evaluation.keys import cell_key
 from evaluation.metrics import Counts
-from evaluation.verdicts import Verdict
+from evaluation.verdicts import Verdict, failed, read_verdicts
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -295,6 +295,7 @@ class Results:
             steps, forwards, backwards, seconds: what the attack took for each image and seed, over all its variants.
             VARIANT_success, VARIANT_target_miou, VARIANT_adversarial_miou: of one variant of the attack.
             note: why the defence does not apply to the model; empty otherwise.
+            failed_checks: the checks (``evaluation.checks``) that failed, joined by "; "; one makes the row unreliable.
         """
         table: list[dict[str, Any]] = []
         for (model, attack, defence), variants in self.groups():
@@ -324,6 +325,7 @@ class Results:
             ]  # fmt: skip
         columns = [*_KEY, "images", "success", "success_drop", "success_seed_std", "seeds", *_columns(), "note"]
         frame = pd.DataFrame(table).reindex(columns=columns)
+        frame["failed_checks"] = [self._failed_checks(*key) for key in zip(*(frame[axis] for axis in _KEY), strict=True)]
         undefended = {
             (r["model"], r["attack"]): r["success"] for r in table if r["defence"] == "none" and not r["note"]
         }
@@ -337,6 +339,24 @@ class Results:
             for row in frame.to_dict("records")
         ]
         return frame.iloc[sorted(range(len(frame)), key=place.__getitem__)].reset_index(drop=True)
+
+    def _failed_checks(self, model: str, attack: str, defence: str) -> str:
+        found = failed(self.verdicts, model, attack, defence)
+        return "; ".join(dict.fromkeys(verdict.check for verdict in found))
+
+    def verdict_table(self) -> pd.DataFrame:
+        """One row for each verdict.
+
+        Columns:
+            model, defence, attack: what it is about; attack is empty where it is about every one.
+            check: its name. passed: True or False; None where it does not apply or could not be tried.
+            detail: the figures that it rests on, or the reason.
+        """
+        columns = ["model", "defence", "attack", "check", "passed", "detail"]
+        rows = [{name: getattr(verdict, name) for name in columns} for verdict in self.verdicts]
+        frame = pd.DataFrame(rows, columns=columns).astype({"passed": object})
+        frame["attack"] = frame["attack"].fillna("")
+        return frame
 
     def _names(self, axis: str) -> list[str]:
         """Models, attacks or defences in the order in which they were given."""
@@ -397,6 +417,18 @@ class Results:
             left_out += [LeftOut(reason, (int(image),)) for image, reason in header.get("unreadable", {}).items()]
             records += rows
         axes = {axis: list(configuration[f"{axis}s"]) for axis in _KEY}
+        verdicts: list[Verdict] = []
+        for path in sorted((folder / "checks").rglob("*.jsonl")):
+            header, found = read_verdicts(path)
+            _check_same_run(path, header, configuration, frames)
+            verdicts += found
+        # stable: the checks of one cell stay in their order, those of a defence come before those of its attacks
+        verdicts.sort(
+            key=lambda v: (
+                *(_index(axes[axis], getattr(v, axis)) for axis in ("model", "defence")),
+                -1 if v.attack is None else _index(axes["attack"], v.attack),
+            )
+        )
         seed = configuration.get("seed", 0)
         seeds = seed if isinstance(seed, list) else [seed]
         records.sort(
@@ -408,7 +440,7 @@ class Results:
         skipped.sort(
             key=lambda s: tuple(_index(axes[axis], getattr(s, axis) or "") for axis in ("model", "defence", "attack"))
         )
-        return cls(records, classes, skipped, configuration, left_out=list(dict.fromkeys(left_out)))
+        return cls(records, classes, skipped, configuration, left_out=list(dict.fromkeys(left_out)), verdicts=verdicts)
 
     @classmethod
     def joined(cls, runs: Sequence[Results]) -> Results:
@@ -438,8 +470,9 @@ class Results:
         skipped = list(dict.fromkeys(skip for run in runs for skip in run.skipped))
         interrupted = any(run.interrupted for run in runs)
         left_out = list(dict.fromkeys(left for run in runs for left in run.left_out))
+        verdicts = list(dict.fromkeys(verdict for run in runs for verdict in run.verdicts))
         configuration = {**first.configuration, **axes}
-        return cls(list(records.values()), first.classes, skipped, configuration, interrupted, left_out)
+        return cls(list(records.values()), first.classes, skipped, configuration, interrupted, left_out, verdicts)
 
 
 def _columns() -> list[str]:
