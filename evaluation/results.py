@@ -325,7 +325,8 @@ class Results:
             ]  # fmt: skip
         columns = [*_KEY, "images", "success", "success_drop", "success_seed_std", "seeds", *_columns(), "note"]
         frame = pd.DataFrame(table).reindex(columns=columns)
-        frame["failed_checks"] = [self._failed_checks(*key) for key in zip(*(frame[axis] for axis in _KEY), strict=True)]
+        keys = zip(*(frame[axis] for axis in _KEY), strict=True)
+        frame["failed_checks"] = [self._failed_checks(*key) for key in keys]
         undefended = {
             (r["model"], r["attack"]): r["success"] for r in table if r["defence"] == "none" and not r["note"]
         }
@@ -343,6 +344,15 @@ class Results:
     def _failed_checks(self, model: str, attack: str, defence: str) -> str:
         found = failed(self.verdicts, model, attack, defence)
         return "; ".join(dict.fromkeys(verdict.check for verdict in found))
+
+    def _failures(self) -> list[str]:
+        """A line for each check that failed."""
+        return [f"{tables.UNRELIABLE}: {verdict}" for verdict in self.verdicts if verdict.passed is False]
+
+    def unreliable(self) -> set[tuple[str, str, str]]:
+        """(model, attack, defence) of the rows of the summary that a failed check calls into question."""
+        rows = self.summary()
+        return set(rows.loc[rows["failed_checks"] != "", _KEY].itertuples(index=False, name=None))
 
     def verdict_table(self) -> pd.DataFrame:
         """One row for each verdict.
@@ -370,6 +380,7 @@ class Results:
             f"n/a: {skip.attack or skip.defence} does not apply to {skip.model}: {skip.reason}" for skip in self.skipped
         ]
         notes += [f"left out: {left_out}" for left_out in _gathered(self.left_out)]
+        notes = [*self._failures(), *notes]
         if self.interrupted:
             notes.insert(0, "INTERRUPTED: only what was finished is here.")
         counted = f"Void pixels{under} count nowhere; clean mIoU is of the whole image."
@@ -377,7 +388,7 @@ class Results:
 
     def markdown(self) -> str:
         """The summary as Markdown, in percent."""
-        return tables.as_markdown(self.summary())
+        return tables.as_markdown(self.summary(), self._failures())
 
     def sentences(self) -> list[str]:
         """What the table shows, one plain sentence for each model, attack and defence."""

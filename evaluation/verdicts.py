@@ -31,6 +31,10 @@ class Verdict:
     passed: bool | None
     detail: str
 
+    def __str__(self) -> str:
+        named = (self.model, *([self.attack] if self.attack is not None else []), self.defence)
+        return f"{' · '.join(named)}: {self.check}: {self.detail}"
+
     def concerns(self, model: str, attack: str, defence: str) -> bool:
         """Whether it is about this cell of the table."""
         return (self.model, self.defence) == (model, defence) and self.attack in (None, attack)

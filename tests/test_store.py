@@ -160,7 +160,7 @@ def test_a_run_that_ends_in_any_of_its_writes_goes_on_to_the_same_bytes(
             assert {p: p.stat().st_mtime_ns for p in kept} == kept, "what is finished is not written again"
         else:
             pytest.fail("the run never ended")
-        assert write == 1 + 2 * 3 + 2 + 3 + 1, "configuration, two cells with patches, one without, three tables"
+        assert write == 1 + 2 * 3 + 2 + 2 * 2 + 3 + 1, "configuration, two cells with patches, one without, verdicts, tables"
 
 
 def child(data: Path, out: Path) -> None:
