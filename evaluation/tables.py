@@ -187,8 +187,9 @@ def verdict_rows(verdicts: pd.DataFrame) -> list[tuple[str, ...]]:
         (model, defence, attack, check, "yes", "NO" or "—", detail).
     """
     told = {True: "yes", False: "NO"}
+    named = ("model", "defence", "attack", "check")
     return [
-        (*(str(row[name]) for name in ("model", "defence", "attack", "check")), told.get(row["passed"], "—"), row["detail"])
+        (*(str(row[name]) for name in named), told.get(row["passed"], "—"), str(row["detail"]))
         for row in _rows(verdicts)
     ]
 
