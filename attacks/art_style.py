@@ -123,6 +123,11 @@ class SegmentationAttack(EvasionAttack):
     def targeted(self, targeted: bool | None) -> None:
         self._targeted = targeted
 
+    @property
+    def options(self) -> Any:
+        """The options as they stand, checked, of `options_class`."""
+        return self._check_params()
+
     def _assign(self, options: AttackOptions) -> None:
         for name in self.attack_params:
             setattr(self, name, getattr(options, name))

@@ -92,6 +92,9 @@ def evaluate(
         bool,
         typer.Option("--keep-going", help="Leave out what cannot be read or attacked, finish the rest, end with 1."),
     ] = False,
+    no_checks: Annotated[
+        bool, typer.Option("--no-checks", help="Do not check whether the numbers are to be believed.")
+    ] = False,
     plugin: Plugins = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -117,6 +120,7 @@ def evaluate(
             "device": device,
             "options": dict(parsed_option(text) for text in option or []),
             "keep_going": keep_going or None,
+            "checks": False if no_checks else None,
             "plugins": plugin,
         }
         run = _run_file(run_file, {name: value for name, value in given.items() if value not in (None, [])})
@@ -157,13 +161,18 @@ def _run_file(path: Path | None, given: dict[str, Any]) -> RunFile:
 def table(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, finished or not.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+    checks: Annotated[bool, typer.Option("--checks", help="What each check found, in place of the figures.")] = False,
 ) -> None:
     """The table of a run, or of several that differ in their models, attacks or defences, from their rows alone."""
     with user_errors():
         from evaluation.results import Results
+        from evaluation.tables import verdict_rows
 
         results = Results.joined([Results.load(run) for run in runs])
-    if markdown:
+    if checks:
+        headings = ("model", "defence", "attack", "check", "passed", "detail")
+        show_table(headings, verdict_rows(results.verdict_table()))
+    elif markdown:
         typer.echo(results.markdown())
     else:
         show(results.table())
@@ -190,7 +199,7 @@ def intervals(
             write_whole(out / "intervals.csv", figures.to_csv(index=False))
             write_whole(out / "differences.csv", differences.to_csv(index=False))
     headings = ("model", "attack", "defence", "fooled", "interval", "gain", "interval", "p")
-    show_table(headings, uncertain_rows(figures, differences), right=(3, 4, 5, 6, 7))
+    show_table(headings, uncertain_rows(figures, differences, results.unreliable()), right=(3, 4, 5, 6, 7))
     show(
         f"All in % but p. interval: {level:.0%}, over images. gain: what the defence takes off, on the same images.\n"
         "p: of a paired permutation test, corrected for the number of comparisons (Holm)."

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evaluation.changes import Changes
+from evaluation.checks import Checker, probed_batches
 from evaluation.contact import check_promises, costs_of, generate, mask_of, takes, target_map
 from evaluation.datasets import load_data
 from evaluation.distance import count_rings
@@ -71,6 +72,8 @@ def evaluate(
     region: Region = "outside",
     out: str | Path | None = None,
     keep_going: bool = False,
+    checks: bool = True,
+    check_images: int = 2,
     verbose: bool = True,
     patch_shape: tuple[int, int] | None = None,
     max_iter: int | None = None,
@@ -100,6 +103,9 @@ def evaluate(
             also after a kill, and computes anew what is damaged, with a warning.
         keep_going: leave out frames that cannot be read and cells whose attack raises, and finish the rest; both are
             in ``Results.left_out``, and the same call again tries them again. Otherwise the first of them is raised.
+        checks: make the checks of ``evaluation.checks`` on what is finished, each once; without, only those that the
+            folder holds are there.
+        check_images: how many images they probe, spread evenly.
         verbose: a progress bar with the time left, on standard error.
         patch_shape: ``(height, width)`` in pixels; ``None``: the attack's default.
         max_iter: steps of each attack; ``None``: the attack's default.
@@ -121,6 +127,8 @@ def evaluate(
         raise ValueError(f"region={region!r}: one of {', '.join(map(repr, REGIONS))}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
+    if check_images < 1:
+        raise ValueError(f"check_images={check_images}: at least 1; checks=False makes no checks")
     seeds = chosen_seeds(seed)
     factories = named_attacks(attacks)
     functions = named_defences(defences)
@@ -156,8 +164,9 @@ def evaluate(
     cells = len(segmenters) * len(factories) * (1 + (len(functions) - 1) * sum(_EFFORT.values()))
     with progress_bar(verbose, cells * len(indices) * len(seeds)) as tick:
         run = _Run(
-            frames, indices, surveyed, factories, options, seeds, region, batch_size, keep_going, store, tick, results
-        )
+            frames, indices, surveyed, factories, options, seeds, region, batch_size, keep_going, store, tick, results,
+            check_images if checks else None,
+        )  # fmt: skip
         try:
             for name, segmenter in segmenters.items():
                 run.model(name, segmenter, functions)
@@ -206,6 +215,7 @@ class _Run:
     store: Store
     tick: Tick
     results: Results
+    check_images: int | None = None
 
     def model(self, model: str, segmenter: PyTorchSegmenter, defences: Mapping[str, DefenceFunction]) -> None:
         undefended = _Defended(NONE, segmenter, self.batch_size)
@@ -231,6 +241,18 @@ class _Run:
         for attack in self.attacks:
             if attack not in inapplicable:
                 self._figures(model, attack, applied, undefended)
+        self._checks(model, applied)
+
+    def _checks(self, model: str, applied: Sequence[_Defended]) -> None:
+        """What the finished cells of a model are worth (``evaluation.checks``)."""
+        self.tick(f"{model} · checks", 0)
+        readable = self._readable(self.indices)
+        batches = None
+        if self.check_images is not None:
+            batches = probed_batches(self.data, readable, self.check_images, self.batch_size)
+        make = functools.partial(self._make, seed=self.seeds[0])
+        checker = Checker(self.store, self.attacks, make, batches, self.region, self.seeds[0])
+        self.results.verdicts += checker.model(model, applied, self.results.records)
 
     def _defend(
         self, model: str, name: str, function: DefenceFunction, segmenter: PyTorchSegmenter
@@ -258,9 +280,9 @@ class _Run:
         adapts = any(takes(factory, name) for name in _PLAIN) and (traits.random or traits.straight_through)
         return ["plain", *(["adaptive"] if adapts else []), *(["transfer"] if defended.name != NONE else [])]
 
-    def _make(self, attack: str, variant: str, seed: int, segmenter: PyTorchSegmenter) -> Any:
+    def _make(self, attack: str, variant: str, seed: int, segmenter: PyTorchSegmenter, **change: Any) -> Any:
         factory = self.attacks[attack]
-        options = self.options | {"seed": seed} | (_PLAIN if variant == "plain" else {})
+        options = self.options | {"seed": seed} | (_PLAIN if variant == "plain" else {}) | change
         try:
             made = factory(segmenter, **{name: value for name, value in options.items() if takes(factory, name)})
         except TypeError as error:

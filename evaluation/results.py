@@ -20,7 +20,7 @@ from evaluation import metrics, tables
 from evaluation.files import DamagedError, read_lines, write_whole
 from evaluation.keys import cell_key
 from evaluation.metrics import Counts
-from evaluation.verdicts import Verdict
+from evaluation.verdicts import Verdict, failed, read_verdicts
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -301,6 +301,7 @@ class Results:
             steps, forwards, backwards, seconds: what the attack took for each image and seed, over all its variants.
             VARIANT_success, VARIANT_target_miou, VARIANT_adversarial_miou: of one variant of the attack.
             note: why the defence does not apply to the model; empty otherwise.
+            failed_checks: the checks (``evaluation.checks``) that failed, joined by "; "; one makes the row unreliable.
         """
         table: list[dict[str, Any]] = []
         for (model, attack, defence), variants in self.groups():
@@ -330,6 +331,8 @@ class Results:
             ]  # fmt: skip
         columns = [*_KEY, "images", "success", "success_drop", "success_seed_std", "seeds", *_columns(), "note"]
         frame = pd.DataFrame(table).reindex(columns=columns)
+        keys = zip(*(frame[axis] for axis in _KEY), strict=True)
+        frame["failed_checks"] = [self._failed_checks(*key) for key in keys]
         undefended = {
             (r["model"], r["attack"]): r["success"] for r in table if r["defence"] == "none" and not r["note"]
         }
@@ -344,6 +347,33 @@ class Results:
         ]
         return frame.iloc[sorted(range(len(frame)), key=place.__getitem__)].reset_index(drop=True)
 
+    def _failed_checks(self, model: str, attack: str, defence: str) -> str:
+        found = failed(self.verdicts, model, attack, defence)
+        return "; ".join(dict.fromkeys(verdict.check for verdict in found))
+
+    def _failures(self) -> list[str]:
+        """A line for each check that failed."""
+        return [f"{tables.UNRELIABLE}: {verdict}" for verdict in self.verdicts if verdict.passed is False]
+
+    def unreliable(self) -> set[tuple[str, str, str]]:
+        """(model, attack, defence) of the rows of the summary that a failed check calls into question."""
+        rows = self.summary()
+        return set(rows.loc[rows["failed_checks"] != "", _KEY].itertuples(index=False, name=None))
+
+    def verdict_table(self) -> pd.DataFrame:
+        """One row for each verdict.
+
+        Columns:
+            model, defence, attack: what it is about; attack is empty where it is about every one.
+            check: its name. passed: True or False; None where it does not apply or could not be tried.
+            detail: the figures that it rests on, or the reason.
+        """
+        columns = ["model", "defence", "attack", "check", "passed", "detail"]
+        rows = [{name: getattr(verdict, name) for name in columns} for verdict in self.verdicts]
+        frame = pd.DataFrame(rows, columns=columns).astype({"passed": object})
+        frame["attack"] = frame["attack"].fillna("")
+        return frame
+
     def _names(self, axis: str) -> list[str]:
         """Models, attacks or defences in the order in which they were given."""
         given = list(self.configuration.get(f"{axis}s", ()))
@@ -356,6 +386,7 @@ class Results:
             f"n/a: {skip.attack or skip.defence} does not apply to {skip.model}: {skip.reason}" for skip in self.skipped
         ]
         notes += [f"left out: {left_out}" for left_out in gathered(self.left_out)]
+        notes = [*self._failures(), *notes]
         if self.interrupted:
             notes.insert(0, "INTERRUPTED: only what was finished is here.")
         counted = f"Void pixels{under} count nowhere; clean mIoU is of the whole image."
@@ -363,7 +394,7 @@ class Results:
 
     def markdown(self) -> str:
         """The summary as Markdown, in percent."""
-        return tables.as_markdown(self.summary())
+        return tables.as_markdown(self.summary(), self._failures())
 
     def sentences(self) -> list[str]:
         """What the table shows, one plain sentence for each model, attack and defence."""
@@ -402,7 +433,13 @@ class Results:
                 left_out.append(LeftOut(**{**header["left_out"], "images": tuple(header["left_out"]["images"])}))
             left_out += [LeftOut(reason, (int(image),)) for image, reason in header.get("unreadable", {}).items()]
             records += rows
-        return cls(records, classes, skipped, configuration, left_out=list(dict.fromkeys(left_out))).ordered()
+        verdicts: list[Verdict] = []
+        for path in sorted((folder / "checks").rglob("*.jsonl")):
+            header, found = read_verdicts(path)
+            _check_same_run(path, header, configuration, frames)
+            verdicts += found
+        left_out = list(dict.fromkeys(left_out))
+        return cls(records, classes, skipped, configuration, left_out=left_out, verdicts=verdicts).ordered()
 
     def ordered(self) -> Results:
         """The same in the order of the configuration, whatever the order in which it was found."""
@@ -420,7 +457,15 @@ class Results:
             self.skipped,
             key=lambda s: tuple(_index(axes[axis], getattr(s, axis) or "") for axis in ("model", "defence", "attack")),
         )
-        return replace(self, records=records, skipped=skipped)
+        # stable: the checks of one cell stay in their order, those of a defence come before those of its attacks
+        verdicts = sorted(
+            self.verdicts,
+            key=lambda v: (
+                *(_index(axes[axis], getattr(v, axis)) for axis in ("model", "defence")),
+                -1 if v.attack is None else _index(axes["attack"], v.attack),
+            ),
+        )
+        return replace(self, records=records, skipped=skipped, verdicts=verdicts)
 
     @classmethod
     def joined(cls, runs: Sequence[Results]) -> Results:
@@ -450,8 +495,8 @@ class Results:
         skipped = list(dict.fromkeys(skip for run in runs for skip in run.skipped))
         interrupted = any(run.interrupted for run in runs)
         left_out = list(dict.fromkeys(left for run in runs for left in run.left_out))
-        configuration = {**first.configuration, **axes}
         verdicts = list(dict.fromkeys(verdict for run in runs for verdict in run.verdicts))
+        configuration = {**first.configuration, **axes}
         return cls(list(records.values()), first.classes, skipped, configuration, interrupted, left_out, verdicts)
 
 

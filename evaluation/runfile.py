@@ -70,7 +70,7 @@ class RunFile(BaseModel):
         target: ``permute``, ``strip``, ``untargeted`` or a class's number, for attacks that have none.
         images: how many, spread evenly, or a list of indices; none: all.
         size: ``[height, width]``, ``HEIGHTxWIDTH`` or one number, that the data are resized to.
-        batch_size, region, max_iter, keep_going: as ``evaluation.evaluate``.
+        batch_size, region, max_iter, keep_going, checks, check_images: as ``evaluation.evaluate``.
         seed: of the attacks, one or a list.
         out: folder of the run.
         patch_shape: as ``size``.
@@ -99,6 +99,8 @@ class RunFile(BaseModel):
     device: Literal["cpu", "gpu"] | None = None
     options: dict[StrictStr, Any] = {}
     keep_going: StrictBool = False
+    checks: StrictBool = True
+    check_images: StrictInt = 2
     plugins: Annotated[list[StrictStr], BeforeValidator(_several)] = []
 
     @classmethod
@@ -169,7 +171,7 @@ class RunFile(BaseModel):
 
 _SAME = (
     "models", "attacks", "defences", "data", "images", "size", "batch_size", "seed", "region", "out", "keep_going",
-    "patch_shape", "max_iter",
+    "checks", "check_images", "patch_shape", "max_iter",
 )  # fmt: skip
 
 

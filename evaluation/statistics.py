@@ -209,7 +209,7 @@ def worst_over_attacks(results: Results | Iterable[Record]) -> Results:
     for (model, attack, defence), variants in results.groups():
         units = _worst(variants.values())
         if units:
-            aim = (_threat(attack), tuple((unit, _fingerprint(units[unit])) for unit in sorted(units)))
+            aim = (threat_of(attack), tuple((unit, aim_fingerprint(units[unit])) for unit in sorted(units)))
             families.setdefault((model, defence, aim), {})[attack] = list(units.values())
     # one order for all, or a family would have other names under other defences
     order = list(dict.fromkeys(record.attack for record in results.records))
@@ -406,14 +406,15 @@ def _columns(names: Sequence[str], found: Interval) -> dict[str, float]:
     }
 
 
-def _threat(attack: str) -> str:
+def threat_of(attack: str) -> str:
+    """What an attack of that name may change, as the catalogue has it; empty for one that is not in it."""
     from attacks.catalogue import attacks
 
     entry = attacks().get(split_name(attack)[0])
     return "" if entry is None else entry.threat
 
 
-def _fingerprint(record: Record) -> tuple[bytes | None, bytes]:
+def aim_fingerprint(record: Record) -> tuple[bytes | None, bytes]:
     """What stands for the map aimed at, and for the counted pixels."""
     aim = None if record.aim is None else record.aim.sum(axis=1).tobytes()
     return aim, record.adversarial.sum(axis=1).tobytes()

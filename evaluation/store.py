@@ -22,6 +22,7 @@ from evaluation.fingerprints import versions_of
 from evaluation.keys import cell_key
 from evaluation.results import LeftOut, Record, Skipped, read_configuration, read_rows
 from evaluation.survey import Survey
+from evaluation.verdicts import Verdict, read_verdicts, verdict_lines
 
 #: The defence that is none; every gain is measured against it.
 NONE = "none"
@@ -230,6 +231,41 @@ class Store:
                 self.folder / "cells" / file_name(skipped.model) / f"{'--'.join(map(file_name, named))}.skipped.jsonl"
             )
             write_lines(path, {"skipped": vars(skipped)})
+
+    def verdicts(self, about: Mapping[str, Any], basis: str | None) -> list[Verdict] | None:
+        """The verdicts that are held on something; ``None`` if there are none, or damaged ones.
+
+        Args:
+            about: model, attack (None: every one) and defence.
+            basis: hash of what they must rest on; None: on anything.
+
+        Raises:
+            ValueError: The file belongs to another run; the message names it.
+        """
+        path = self._verdicts_path(about)
+        if path is None or not path.exists():
+            return None
+        try:
+            header, verdicts = read_verdicts(path)
+        except DamagedError as error:
+            warnings.warn(f"{error.path} is damaged ({error.problem}); its checks are made again", stacklevel=2)
+            return None
+        if header["key"] != cell_key(self._configuration, about):
+            raise ValueError(f"{path} belongs to another run. Remove the file, or choose another folder")
+        return verdicts if basis in (None, header["basis"]) else None
+
+    def keep_verdicts(self, about: Mapping[str, Any], basis: str, verdicts: Sequence[Verdict]) -> None:
+        """Keep verdicts, as ``verdicts`` gives them."""
+        path = self._verdicts_path(about)
+        if path is not None:
+            header = {"cell": dict(about), "key": cell_key(self._configuration, about), "basis": basis}
+            write_lines(path, header, verdict_lines(verdicts))
+
+    def _verdicts_path(self, about: Mapping[str, Any]) -> Path | None:
+        if self.folder is None:
+            return None
+        named = [about["model"], *([about["attack"]] if about["attack"] is not None else [])]
+        return self.folder.joinpath("checks", *map(file_name, named), f"{file_name(about['defence'])}.jsonl")
 
     def leave_out(self, cell: Cell, left_out: LeftOut) -> None:
         """Note a cell that could not be computed, until it is."""

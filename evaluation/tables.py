@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
+#: What a cell with a failed check is called, wherever it is shown.
+UNRELIABLE = "unreliable"
+
 #: From so many attacks on a mean says something.
 _MANY = 3
 #: Columns, of the summary, and what stands over them, with the width that they need.
@@ -56,16 +59,24 @@ def on_screen(frame: pd.DataFrame, notes: Sequence[str] = (), *, counted: str = 
     from rich.text import Text
 
     turned = _turned(frame)
+    frame = _judged(frame)
     tables = _tables_by_model(frame) if turned else _tables_by_attack(frame)
     return Group(*tables, Text("\n".join([*_caption(frame, turned), counted, *notes]), style="dim"))
 
 
-def as_markdown(frame: pd.DataFrame) -> str:
+def as_markdown(frame: pd.DataFrame, notes: Sequence[str] = ()) -> str:
     """The summary as a Markdown table, in percent; where attacks are many, one for each model, with what they took.
 
     Args:
         frame: ``Results.summary()``.
+        notes: a list that goes under it.
     """
+    frame = _judged(frame)
+    listed = "".join(f"\n- {note}" for note in notes)
+    return _as_markdown(frame) + (f"\n{listed}" if listed else "")
+
+
+def _as_markdown(frame: pd.DataFrame) -> str:
     if not _turned(frame):
         headings = ["attack", "model", "defence", *(name.replace("_", " ") for name in _MARKDOWN)]
         cells = [
@@ -91,19 +102,21 @@ def as_sentences(frame: pd.DataFrame) -> Iterator[str]:
     Args:
         frame: ``Results.summary()``.
     """
-    rows = _rows(frame)
+    rows = _rows(_judged(frame))
     plain = {(row["model"], row["attack"]): row for row in rows if row["defence"] == "none"}
     for row in rows:
         before = plain.get((row["model"], row["attack"]))
         if row["defence"] == "none" or before is None or row["note"] or math.isnan(row["success"]):
             continue
         points = round(100 * (before["success"] - row["success"]), 1)
+        failed = dict.fromkeys(name for one in (before, row) for name in one["failed_checks"].split("; ") if name)
+        unreliable = f" Unreliable, since a check failed: {', '.join(failed)}." if failed else ""
         verb = "lowers" if points > 0 else "raises" if points < 0 else "does not change"
         yield (
             f"On {row['model']}, {row['defence']} {verb} the share of pixels that the {row['attack']} patch fools: "
             f"{percent(before['success'])} % without it, {percent(row['success'])} % with it (the strongest variant "
             f"of the attack on each image); clean mIoU {percent(before['clean_miou'])} % and "
-            f"{percent(row['clean_miou'])} %."
+            f"{percent(row['clean_miou'])} %.{unreliable}"
         )
 
 
@@ -125,16 +138,21 @@ def means(rows: Iterable[Row]) -> list[dict[str, Any]]:
     for defence, of_defence in measured.groupby("defence", sort=False):
         figures = {str(name): float(value) for name, value in of_defence.mean(numeric_only=True).items()}
         named = {"attack": f"mean of {len(of_defence)}", "defence": str(defence), "note": ""}
+        if "failed_checks" in of_defence:  # one of them that is unreliable makes their mean so
+            named["failed_checks"] = "; ".join(dict.fromkeys(filter(None, of_defence["failed_checks"])))
         found.append({**dict.fromkeys(map(str, measured.columns), math.nan), **figures, **named})
     return found
 
 
-def uncertain_rows(intervals: pd.DataFrame, differences: pd.DataFrame) -> list[tuple[str, ...]]:
+def uncertain_rows(
+    intervals: pd.DataFrame, differences: pd.DataFrame, unreliable: Set[tuple[str, str, str]] = frozenset()
+) -> list[tuple[str, ...]]:
     """Success rates, and what each defence takes off, with their intervals, as text: one row for each cell.
 
     Args:
         intervals: of ``statistics.intervals``.
         differences: of ``statistics.paired_differences``, the success rate among its figures.
+        unreliable: (model, attack, defence) of the cells with a failed check, ``Results.unreliable``; they are marked.
 
     Returns:
         (model, attack, defence, success in percent, its interval, gain in points, its interval, corrected p-value).
@@ -154,8 +172,26 @@ def uncertain_rows(intervals: pd.DataFrame, differences: pd.DataFrame) -> list[t
             # a difference is the defence's figure less the other one, a gain the other way round
             between = f"{percent(-found['high'])}–{percent(-found['low'])}"
             gained = percent(-found["difference"]), between, f"{found['p_holm']:.2g}"
-        rows.append((*cell, *success, *gained))
+        mark = f" ({UNRELIABLE})" if cell in unreliable else ""
+        rows.append((*cell[:2], cell[2] + mark, *success, *gained))
     return rows
+
+
+def verdict_rows(verdicts: pd.DataFrame) -> list[tuple[str, ...]]:
+    """What the checks of a run found, as text.
+
+    Args:
+        verdicts: ``Results.verdict_table()``.
+
+    Returns:
+        (model, defence, attack, check, "yes", "NO" or "—", detail).
+    """
+    told = {True: "yes", False: "NO"}
+    named = ("model", "defence", "attack", "check")
+    return [
+        (*(str(row[name]) for name in named), told.get(row["passed"], "—"), str(row["detail"]))
+        for row in _rows(verdicts)
+    ]
 
 
 def percent(value: float | None) -> str:
@@ -174,6 +210,23 @@ def gain(drop: float, defence: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ details
+
+
+def _judged(frame: pd.DataFrame) -> pd.DataFrame:
+    """The summary with its column of failed checks, also where nothing was checked."""
+    return frame if "failed_checks" in frame else frame.assign(failed_checks="")
+
+
+def _marked(row: Row) -> str:
+    """The defence, and under it whether its numbers are unreliable, as ``rich`` markup."""
+    from rich.markup import escape
+
+    name = escape(str(row["defence"]))
+    return f"{name}\n[bold red]{UNRELIABLE}[/bold red]" if row["failed_checks"] else name
+
+
+def _mark_width(frame: pd.DataFrame) -> int:
+    return len(UNRELIABLE) if frame["failed_checks"].any() else 0
 
 
 def _turned(frame: pd.DataFrame) -> bool:
@@ -219,7 +272,8 @@ def _tables_by_attack(frame: pd.DataFrame) -> Iterator[Table]:
         rows = _rows(of_attack)
         table = _empty(f"attack: {attack}{_took(rows)}")
         table.add_column("model", min_width=min(widths["model"], 14), overflow="fold")
-        table.add_column("defence", min_width=min(widths["defence"], 8), overflow="fold")
+        defence = max(min(widths["defence"], 8), _mark_width(frame))
+        table.add_column("defence", min_width=defence, overflow="fold")
         for _, heading, width in _BY_ATTACK:
             table.add_column(heading, justify="right", no_wrap=True, min_width=width)
         if several:
@@ -229,7 +283,7 @@ def _tables_by_attack(frame: pd.DataFrame) -> Iterator[Table]:
             name, shown = ("" if row["model"] == shown else row["model"]), row["model"]
             cells = [_cell(column, row) for column, _, _ in _BY_ATTACK]
             images = [str(row["images"]) if row["images"] else "—"] if several else []
-            table.add_row(escape(name), escape(row["defence"]), *cells, *images)
+            table.add_row(escape(name), _marked(row), *cells, *images)
         yield table
 
 
@@ -240,7 +294,7 @@ def _tables_by_model(frame: pd.DataFrame) -> Iterator[Table]:
         rows = _rows(of_model)
         table = _empty(f"model: {model}{_clean(rows)}")
         table.add_column("attack", overflow="fold", max_width=20)
-        table.add_column("defence", overflow="fold", min_width=4)
+        table.add_column("defence", overflow="fold", min_width=max(4, _mark_width(frame)))
         for _, heading, width in _BY_MODEL:
             table.add_column(heading, justify="right", no_wrap=True, min_width=width)
         for group in _groups(of_model, _aiming(frame)):
@@ -249,7 +303,7 @@ def _tables_by_model(frame: pd.DataFrame) -> Iterator[Table]:
                 name, shown = ("" if row["attack"] == shown else row["attack"]), row["attack"]
                 style = "italic" if name.startswith("mean of") else None
                 cells = [_cell(column, row) for column, _, _ in _BY_MODEL]
-                table.add_row(escape(name), escape(row["defence"]), *cells, style=style)
+                table.add_row(escape(name), _marked(row), *cells, style=style)
             table.add_section()
         yield table
 
@@ -299,7 +353,7 @@ def _clean(rows: Sequence[Row]) -> str:
 
 
 def _defence(row: Row) -> str:
-    return row["defence"] + (" (n/a)" if row["note"] else "")
+    return row["defence"] + (" (n/a)" if row["note"] else "") + (f" **{UNRELIABLE}**" if row["failed_checks"] else "")
 
 
 def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:

@@ -134,6 +134,7 @@ def transfer(
     options = {key: value for key, value in attack_options.items() if value is not None}
     common: dict[str, Any] = {
         "images": images, "size": size, "batch_size": batch_size, "seed": seed, "region": region, "verbose": verbose,
+        "checks": False,  # of a defence there is none here
     }  # fmt: skip
     with nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as folder:
         made = evaluate(sources, {name: factory}, NONE, data, out=Path(folder) / "made", **common, **options)
@@ -310,7 +311,7 @@ def universal(
     }
     results = evaluate(
         {label: segmenter}, replays, NONE, test, images=test_images, size=size, batch_size=batch_size, seed=seed,
-        region=region, verbose=verbose, out=None if folder is None else folder / "tested",
+        region=region, verbose=verbose, checks=False, out=None if folder is None else folder / "tested",
     )  # fmt: skip
     return Universal(fitted, results)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.files import DamagedError, read_lines
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,10 @@ class Verdict:
     passed: bool | None
     detail: str
 
+    def __str__(self) -> str:
+        named = (self.model, *([self.attack] if self.attack is not None else []), self.defence)
+        return f"{' · '.join(named)}: {self.check}: {self.detail}"
+
     def concerns(self, model: str, attack: str, defence: str) -> bool:
         """Whether it is about this cell of the table."""
         return (self.model, self.defence) == (model, defence) and self.attack in (None, attack)
@@ -34,3 +43,23 @@ class Verdict:
 def failed(verdicts: Iterable[Verdict], model: str, attack: str, defence: str) -> list[Verdict]:
     """The failed checks of a cell of the table; one is enough to call its numbers unreliable."""
     return [v for v in verdicts if v.passed is False and v.concerns(model, attack, defence)]
+
+
+def verdict_lines(verdicts: Iterable[Verdict]) -> list[str]:
+    """One line of JSON each."""
+    return [json.dumps(vars(verdict)) for verdict in verdicts]
+
+
+def read_verdicts(path: Path) -> tuple[dict[str, Any], list[Verdict]]:
+    """Header and verdicts of a file of a run.
+
+    Raises:
+        DamagedError: it is not, byte for byte, what was written; the message names it.
+    """
+    header, lines = read_lines(path)
+    try:
+        if not {"cell", "key", "basis"} <= header.keys():
+            raise ValueError("no header of verdicts")
+        return header, [Verdict(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise DamagedError(path, f"no verdicts: {error}") from error
