@@ -120,11 +120,13 @@ def evaluate(
         run = _run_file(run_file, {name: value for name, value in given.items() if value not in (None, [])})
         load_plugins(run.plugins)
         from evaluation.experiment import evaluate as measure
+        from ramdefense.processes import Launch
 
         results = measure(**run.arguments(), verbose=not quiet, run_file=run.to_yaml())
-    show(results.table())
-    if run.out is not None:
-        show(f"Rows, tables, patches and figures: {run.out}")
+    if Launch.of().rank == 0:
+        show(results.table())
+        if run.out is not None:
+            show(f"Rows, tables, patches and figures: {run.out}")
     if results.interrupted:
         raise typer.Exit(130)
     if results.left_out:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evaluation.changes import Changes
+from evaluation.claims import Claims
 from evaluation.contact import check_promises, costs_of, generate, mask_of, takes, target_map
 from evaluation.datasets import load_data
 from evaluation.figures import Panel, save_figure
@@ -37,11 +38,14 @@ from evaluation.given import (
     named_defences,
     named_segmenters,
 )
+from evaluation.memory import BatchSize
 from evaluation.metrics import REGIONS, Region, confusion, counted_pixels
 from evaluation.progress import Tick, progress_bar
 from evaluation.results import LeftOut, Record, Results, Skipped, worst
 from evaluation.store import NONE, Cell, Store, file_name
 from evaluation.survey import Survey, first_readable, read_batch, reason, survey
+from evaluation.walk import Piece, once, settled, walk
+from ramdefense.processes import Launch
 from ramdefense.segmenter import PyTorchSegmenter
 from ramdefense.traits import NotApplicableError
 
@@ -118,6 +122,12 @@ def evaluate(
         raise ValueError(f"region={region!r}: one of {', '.join(map(repr, REGIONS))}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
+    launch = Launch.of()
+    if launch.world > 1 and out is None:
+        raise ValueError(f"{launch.world} processes and no folder to share the work through: give the run one (out=)")
+    if device_type != "cpu":
+        launch.choose_gpu()
+    folder = None if out is None else Path(out)
     seeds = chosen_seeds(seed)
     factories = named_attacks(attacks)
     functions = named_defences(defences)
@@ -146,25 +156,42 @@ def evaluate(
         "region": region,
         "versions": versions_of("ramdefense", "torch"),
     }
-    store = Store(Path(out) if out is not None else None, frames.classes)
-    store.open(configuration, {"batch_size": batch_size, "device_type": device_type}, surveyed, run_file)
+    store = Store(folder, frames.classes)
+    store.check_free()
     results = Results([], frames.classes, [], configuration)
-    options = {**given, "batch_size": batch_size, "verbose": False}
     cells = len(segmenters) * len(factories) * (1 + (len(functions) - 1) * sum(_EFFORT.values()))
-    with progress_bar(verbose, cells * len(indices) * len(seeds)) as tick:
-        run = _Run(
-            frames, indices, surveyed, factories, options, seeds, region, batch_size, keep_going, store, tick, results
-        )
-        try:
-            for name, segmenter in segmenters.items():
-                run.model(name, segmenter, functions)
-        except KeyboardInterrupt:
-            results.interrupted = True
-    if out is not None and results.records:
-        results.to_csv(Path(out) / "summary.csv")
-        results.to_json(Path(out) / "summary.json")
-        write_whole(Path(out) / "rows.csv", results.rows.to_csv(index=False))
+    shown = verbose and launch.rank == 0
+    run: _Run | None = None
+    try:
+        with Claims(folder) as claims, progress_bar(shown, cells * len(indices) * len(seeds)) as tick:
+            with claims.alone("configuration"):
+                store.open(configuration, {"batch_size": batch_size, "device_type": device_type}, surveyed, run_file)
+
+            def smaller(size: int) -> None:
+                with claims.alone("configuration"):
+                    store.note({"batch_size_that_fits": size})
+
+            run = _Run(
+                frames, indices, surveyed, segmenters, functions, factories, {**given, "verbose": False}, seeds,
+                region, BatchSize(batch_size, smaller), keep_going, store, claims, tick,
+            )  # fmt: skip
+            walk(run.pieces(), claims)
+            run.collect(results)
+            if folder is not None and results.records:
+                once(settled("tables", lambda: _write_tables(results, folder), claims), claims)
+    except KeyboardInterrupt:
+        results.interrupted = True
+        if run is not None:
+            run.collect(results)
+        if folder is not None and results.records:
+            _write_tables(results, folder)
     return results
+
+
+def _write_tables(results: Results, folder: Path) -> None:
+    results.to_csv(folder / "summary.csv")
+    results.to_json(folder / "summary.json")
+    write_whole(folder / "rows.csv", results.rows.to_csv(index=False))
 
 
 # ------------------------------------------------------------------------------------------------------- one run
@@ -176,13 +203,12 @@ class _Defended:
 
     name: str
     segmenter: PyTorchSegmenter
-    batch_size: int
     clean: dict[int, NDArray[Any]] = field(default_factory=dict)  # image → labels (H, W)
 
     def predict(self, x: NDArray[np.float32], images: Sequence[int]) -> NDArray[np.int64]:
         """Labels on a draw of the defence's randomness that no attack sees."""
         with self.segmenter.conditions(images=tuple(images), draw=-1):
-            return self.segmenter.predict_labels(x, batch_size=self.batch_size)
+            return self.segmenter.predict_labels(x, batch_size=len(x))
 
     def predict_clean(self, x: NDArray[np.float32], images: Sequence[int]) -> NDArray[np.int64]:
         if not all(image in self.clean for image in images):
@@ -193,63 +219,110 @@ class _Defended:
 
 @dataclass
 class _Run:
+    """What is to be done, as pieces that any process may do, and what came out, of all of them."""
+
     data: SegmentationData
     indices: list[int]
     survey: Survey
+    segmenters: Mapping[str, PyTorchSegmenter]
+    defences: Mapping[str, DefenceFunction]
     attacks: Mapping[str, AttackFactory]
     options: dict[str, Any]
     seeds: list[int]
     region: Region
-    batch_size: int
+    batch: BatchSize
     keep_going: bool
     store: Store
+    claims: Claims
     tick: Tick
-    results: Results
-    computed: set[tuple[str, str]] = field(default_factory=set)  # (model, attack) of which a cell was not there
+    cells: dict[Cell, list[int]] = field(default_factory=dict)  # in the order of the table, with their images
+    outcomes: dict[Cell, list[Record] | LeftOut] = field(default_factory=dict)
+    skipped: dict[tuple[str, str, str | None], Skipped] = field(default_factory=dict)  # model, defence, attack
+    defended: dict[tuple[str, str], _Defended] = field(default_factory=dict)  # of the model in work
+    attack: tuple[Any, Any] = (None, None)  # the last one made, and what it was made from
 
-    def model(self, model: str, segmenter: PyTorchSegmenter, defences: Mapping[str, DefenceFunction]) -> None:
-        undefended = _Defended(NONE, segmenter, self.batch_size)
-        applied = []
-        for name, function in defences.items():
-            defended = undefended if name == NONE else self._defend(model, name, function, segmenter)
-            if defended is not None:
-                applied.append(defended)
-            for attack in self.attacks:
-                variants: list[str] = []
-                if defended is not None:
-                    variants = self._variants(attack, defended)
-                    for variant in variants:
-                        try:
-                            self._cells(model, attack, variant, defended, undefended)
-                        except NotApplicableError as error:
-                            self._skip(Skipped(model, name, _reason(error), attack))
-                            break
-                if name != NONE:
-                    left_out = sum(effort for variant, effort in _EFFORT.items() if variant not in variants)
-                    self.tick(f"{model} · {attack} · {name}", left_out * len(self.indices) * len(self.seeds))
-        inapplicable = {skipped.attack for skipped in self.results.skipped if skipped.model == model}
-        for attack in self.attacks:
-            if attack not in inapplicable:
-                self._figures(model, attack, applied, undefended)
+    def pieces(self) -> Iterator[Piece]:
+        """Everything that is to be done, in its order: for each model its cells, then its figures."""
+        for model in self.segmenters:
+            applied = []
+            for defence in self.defences:
+                variants = self._variants_under(model, defence)
+                if variants is not None:
+                    applied.append(defence)
+                for attack in self.attacks:
+                    of_attack = [] if variants is None else variants[attack]
+                    for variant in of_attack:
+                        for cell, images in self._cells(model, attack, defence, variant):
+                            self.cells[cell] = images
+                            yield self._piece(cell)
+                    if defence != NONE:
+                        left_out = sum(effort for variant, effort in _EFFORT.items() if variant not in of_attack)
+                        self.tick(f"{model} · {attack} · {defence}", left_out * len(self.indices) * len(self.seeds))
+            if self.store.folder is not None:
+                for attack in self.attacks:
+                    name = f"{file_name(model)}/{file_name(attack)}"
+                    draw = functools.partial(self._figures, model, attack, tuple(applied))
+                    done = functools.partial(self._is_done, model, attack)
+                    yield replace(settled(f"{name}.figures", draw, self.claims), ready=done)
 
-    def _defend(
-        self, model: str, name: str, function: DefenceFunction, segmenter: PyTorchSegmenter
-    ) -> _Defended | None:
-        try:
-            defended = _Defended(name, function(segmenter), self.batch_size)
-            if not isinstance(defended.segmenter, PyTorchSegmenter):
-                kind = type(defended.segmenter).__name__
-                raise ValueError(f"defence {name!r} returned a {kind}; it must return a PyTorchSegmenter")
-            first = self._readable(self.indices)[:1]
-            # a defence may look at the model only when it runs
-            defended.predict_clean(read_batch(self.data, first)[0], first)
-        except NotApplicableError as error:
-            self._skip(Skipped(model, name, _reason(error)))
-            return None
+    def collect(self, results: Results) -> None:
+        """Put what came out, so far, into the results, in an order that does not depend on who did what."""
+        results.records, results.left_out = [], []
+        for cell, images in self.cells.items():
+            outcome = self.outcomes.get(cell, [])
+            if isinstance(outcome, LeftOut):
+                results.left_out.append(outcome)
+            else:
+                results.records += outcome
+            if outcome and not isinstance(outcome, LeftOut):
+                # a frame is left out where a finished cell lacks it; one that was read earlier may be in all of them
+                for image in sorted({*images} - {record.image for record in outcome}, key=images.index):
+                    unreadable = LeftOut(self.survey.unreadable[image], (image,))
+                    results.left_out += [] if unreadable in results.left_out else [unreadable]
+        defences, attacks = list(self.defences), [*self.attacks, None]
+        results.skipped = sorted(
+            self.skipped.values(),
+            key=lambda s: (list(self.segmenters).index(s.model), defences.index(s.defence), attacks.index(s.attack)),
+        )
+
+    def _is_done(self, model: str, attack: str) -> bool:
+        """Whether all cells of an attack on a model are settled."""
+        return all(cell in self.outcomes for cell in self.cells if (cell.model, cell.attack) == (model, attack))
+
+    def _under(self, model: str, defence: str) -> _Defended:
+        """A model under a defence; those of one model are kept until another one is asked for.
+
+        Raises:
+            NotApplicableError: The defence does not apply to the model.
+        """
+        if (model, defence) not in self.defended:
+            self.defended = {key: held for key, held in self.defended.items() if key[0] == model}
+            self.defended[model, defence] = self._defend(defence, self.defences[defence], self.segmenters[model])
+        return self.defended[model, defence]
+
+    def _defend(self, name: str, function: DefenceFunction, segmenter: PyTorchSegmenter) -> _Defended:
+        if name == NONE:
+            return _Defended(NONE, segmenter)
+        defended = _Defended(name, function(segmenter))
+        if not isinstance(defended.segmenter, PyTorchSegmenter):
+            kind = type(defended.segmenter).__name__
+            raise ValueError(f"defence {name!r} returned a {kind}; it must return a PyTorchSegmenter")
+        first = self._readable(self.indices)[:1]
+        # a defence may look at the model only when it runs
+        defended.predict_clean(read_batch(self.data, first)[0], first)
         return defended
 
+    def _variants_under(self, model: str, defence: str) -> dict[str, list[str]] | None:
+        """The variants of each attack; None if the defence does not apply, which is noted."""
+        try:
+            defended = self._under(model, defence)
+        except NotApplicableError as error:
+            self._skip(Skipped(model, defence, _reason(error)))
+            return None
+        return {attack: self._variants(attack, defended) for attack in self.attacks}
+
     def _skip(self, skipped: Skipped) -> None:
-        self.results.skipped.append(skipped)
+        self.skipped[skipped.model, skipped.defence, skipped.attack] = skipped
         self.store.skip(skipped)
 
     def _variants(self, attack: str, defended: _Defended) -> list[str]:
@@ -258,9 +331,16 @@ class _Run:
         adapts = any(takes(factory, name) for name in _PLAIN) and (traits.random or traits.straight_through)
         return ["plain", *(["adaptive"] if adapts else []), *(["transfer"] if defended.name != NONE else [])]
 
-    def _make(self, attack: str, variant: str, seed: int, segmenter: PyTorchSegmenter) -> Any:
+    def _make(self, attack: str, variant: str, seed: int, segmenter: PyTorchSegmenter, batch_size: int) -> Any:
+        """The attack; the one made last, where it is asked for again."""
+        key = (attack, variant, seed, segmenter, batch_size)
+        if self.attack[0] != key:
+            self.attack = key, self._make_anew(attack, variant, seed, segmenter, batch_size)
+        return self.attack[1]
+
+    def _make_anew(self, attack: str, variant: str, seed: int, segmenter: PyTorchSegmenter, batch_size: int) -> Any:
         factory = self.attacks[attack]
-        options = self.options | {"seed": seed} | (_PLAIN if variant == "plain" else {})
+        options = self.options | {"batch_size": batch_size, "seed": seed} | (_PLAIN if variant == "plain" else {})
         try:
             made = factory(segmenter, **{name: value for name, value in options.items() if takes(factory, name)})
         except TypeError as error:
@@ -272,63 +352,82 @@ class _Run:
             )
         return made
 
-    def _cells(self, model: str, attack: str, variant: str, defended: _Defended, undefended: _Defended) -> None:
+    def _cells(self, model: str, attack: str, defence: str, variant: str) -> Iterator[tuple[Cell, list[int]]]:
         """Every seed and chunk of images of one model, attack, defence and variant."""
-        label = f"{model} · {attack} · {defended.name} · {variant}"
-        source = undefended if variant == "transfer" else defended
         for seed in self.seeds:
-            begin = Cell(model, defended.name, attack, variant, 0, None if seed == self.seeds[0] else seed)
-            as_variant = self._origin(begin, undefended).variant
-            make = functools.cache(functools.partial(self._make, attack, as_variant, seed, source.segmenter))
             for chunk, images in self._chunks():
-                cell = replace(begin, chunk=chunk)
-                records = self.store.read(cell, images)
-                if records is None:
-                    records = self._compute(cell, images, make, defended, undefended)
-                if records is not None:
-                    self._note_unreadable(images, records)
-                    self.results.records += records
-                self.tick(label, _EFFORT[variant] * len(images))
+                yield Cell(model, defence, attack, variant, chunk, None if seed == self.seeds[0] else seed), images
 
-    def _compute(
-        self,
-        cell: Cell,
-        images: list[int],
-        make: Callable[[], Any],
-        defended: _Defended,
-        undefended: _Defended,
-    ) -> list[Record] | None:
-        """Attack, measure, and keep the rows; None where they are left out."""
-        self.computed.add((cell.model, cell.attack))
+    def _piece(self, cell: Cell) -> Piece:
+        origin = self._origin(cell)
+        return Piece(
+            cell.path,
+            functools.partial(self._look, cell),
+            functools.partial(self._compute, cell),
+            lambda: origin is cell or origin in self.outcomes,
+        )
+
+    def _look(self, cell: Cell) -> bool:
+        """Whether the cell is settled: finished, left out by a process that is still there, or not applicable."""
+        if self._not_applicable(cell):
+            self._settle(cell, [])
+            return True
+        records = self.store.read(cell, self.cells[cell])
+        if records is not None:
+            self._settle(cell, records)
+        elif self.claims.marked(cell.path):
+            self._settle(cell, self.store.left_out(cell))
+        return cell in self.outcomes
+
+    def _not_applicable(self, cell: Cell) -> bool:
+        key = (cell.model, cell.defence, cell.attack)
+        if key not in self.skipped and self.claims.marked(_of_attack(cell)):
+            self.skipped[key] = self.store.skipped(*key)
+        return key in self.skipped
+
+    def _settle(self, cell: Cell, outcome: list[Record] | LeftOut) -> None:
+        self.outcomes[cell] = outcome
+        label = f"{cell.model} · {cell.attack} · {cell.defence} · {cell.variant}"
+        self.tick(label, _EFFORT[cell.variant] * len(self.cells[cell]))
+
+    def _compute(self, cell: Cell) -> None:
+        """Attack, measure, and keep the rows, or what went wrong."""
+        images = self.cells[cell]
+        self.claims.mark(f"{file_name(cell.model)}/{file_name(cell.attack)}.computed")
         try:
-            records, changes = self._chunk(cell, make(), self._readable(images), defended, undefended)
-        except NotApplicableError:
-            raise
+            records, changes = self._chunk(cell, self._readable(images))
+        except NotApplicableError as error:
+            self._skip(Skipped(cell.model, cell.defence, _reason(error), cell.attack))
+            self.claims.mark(_of_attack(cell))
+            self._settle(cell, [])
         except Exception as error:  # an attack may raise anything
             if not self.keep_going:
                 raise
-            self._leave_out(cell, images, error)
-            return None
-        self.store.write(cell, images, records, changes)
-        return records
+            seed = self.seeds[0] if cell.seed is None else cell.seed
+            left_out = LeftOut(reason(error), tuple(images), cell.model, cell.attack, cell.defence, cell.variant, seed)
+            self.store.leave_out(cell, left_out)
+            self.claims.mark(cell.path)
+            self._settle(cell, left_out)
+        else:
+            self.store.write(cell, images, records, changes)
+            self._settle(cell, records)
 
-    def _origin(self, cell: Cell, undefended: _Defended) -> Cell:
+    def _origin(self, cell: Cell) -> Cell:
         """The cell that made the patch: for ``transfer`` the undefended model's, the adaptive one if it has one."""
         if cell.variant != "transfer":
             return cell
-        return replace(cell, defence=NONE, variant=self._variants(cell.attack, undefended)[-1])
+        return replace(cell, defence=NONE, variant=self._variants(cell.attack, self._under(cell.model, NONE))[-1])
 
-    def _chunk(
-        self, cell: Cell, attack: Any, images: list[int], defended: _Defended, undefended: _Defended
-    ) -> tuple[list[Record], Changes | None]:
+    def _chunk(self, cell: Cell, images: list[int]) -> tuple[list[Record], Changes | None]:
         """The rows of a cell, and its patches if it made them itself."""
-        records: list[Record] = []
-        made: list[NDArray[np.float32]] = []
-        masks: list[NDArray[np.bool_] | None] = []
-        origin = self._origin(cell, undefended)
+        defended, undefended = self._under(cell.model, cell.defence), self._under(cell.model, NONE)
+        origin = self._origin(cell)
         pasted = None if origin is cell else self.store.changes(origin, images)
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start : start + self.batch_size]
+        source = defended if pasted is None else undefended
+        seed = self.seeds[0] if cell.seed is None else cell.seed
+
+        def work(batch: Sequence[int], size: int) -> _Batch:
+            attack = self._make(cell.attack, origin.variant, seed, source.segmenter, size)
             x, y, names = read_batch(self.data, batch)
             aim = target_map(attack, y, batch)
             costs: list[dict[str, Any]] = [{"steps": 0, "forwards": 0.0, "backwards": 0.0, "seconds": 0.0}] * len(batch)
@@ -338,37 +437,25 @@ class _Run:
                 costs = costs_of(attack, time.perf_counter() - began, len(batch))
                 mask = mask_of(attack, x)  # after the attack, which may choose where its patch goes
                 check_promises(cell.attack, x, adversarial, mask, defended.segmenter)
-                made.append(adversarial)
-                masks.append(mask)
             else:
+                start = images.index(batch[0])
                 adversarial, mask = pasted.paste(x, slice(start, start + len(batch)))
             rows = self._records(cell, batch, names, x, y, adversarial, mask, aim, defended)
-            records += [replace(record, **cost) for record, cost in zip(rows, costs, strict=True)]
+            return _Batch([replace(row, **cost) for row, cost in zip(rows, costs, strict=True)], adversarial, mask)
+
+        batches = list(self.batch.over(images, work))
+        records = [record for batch in batches for record in batch.records]
         if not records:
             return [], None
         seconds = round(sum(record.seconds or 0.0 for record in records) / len(records), 3)
         records = [replace(record, seconds=seconds) for record in records]
+        made, masks = [batch.adversarial for batch in batches], [batch.mask for batch in batches]
         return records, None if pasted else Changes.of(made, masks)
-
-    def _leave_out(self, cell: Cell, images: Sequence[int], error: Exception) -> None:
-        seed = self.seeds[0] if cell.seed is None else cell.seed
-        left_out = LeftOut(reason(error), tuple(images), cell.model, cell.attack, cell.defence, cell.variant, seed)
-        self.results.left_out.append(left_out)
-        self.store.leave_out(cell, left_out)
-
-    def _note_unreadable(self, images: Sequence[int], records: Sequence[Record]) -> None:
-        """A frame is left out where a finished cell lacks it; one that was read earlier may be in all of them."""
-        held = {record.image for record in records}
-        for image in images:
-            if image not in held:
-                left_out = LeftOut(self.survey.unreadable[image], (image,))
-                if left_out not in self.results.left_out:
-                    self.results.left_out.append(left_out)
 
     def _records(
         self,
         cell: Cell,
-        images: list[int],
+        images: Sequence[int],
         names: list[str],
         x: NDArray[np.float32],
         y: NDArray[np.int64],
@@ -405,32 +492,31 @@ class _Run:
             for i, (image, name) in enumerate(zip(images, names, strict=True))
         ]
 
-    def _figures(self, model: str, attack: str, applied: list[_Defended], undefended: _Defended) -> None:
+    def _figures(self, model: str, attack: str, defences: Sequence[str]) -> None:
         """The image on which the undefended model is fooled most, and the median one, under every defence."""
-        if self.store.folder is None:
-            return
-        mine = [
-            r
-            for r in self.results.records
-            if (r.model, r.attack) == (model, attack) and r.image not in self.survey.unreadable
-        ]
+        assert self.store.folder is not None
+        outcomes = [self.outcomes[cell] for cell in self.cells if (cell.model, cell.attack) == (model, attack)]
+        found = [record for outcome in outcomes if not isinstance(outcome, LeftOut) for record in outcome]
+        mine = [record for record in found if record.image not in self.survey.unreadable]
         ranked = sorted(worst(r for r in mine if r.defence == NONE), key=lambda r: np.nan_to_num(r.success, nan=-1.0))
-        if not ranked:
+        if not ranked or any((model, defence, attack) in self.skipped for defence in defences):
             return
+        name = f"{file_name(model)}/{file_name(attack)}"
         for which, chosen in (("worst", ranked[-1]), ("median", ranked[(len(ranked) - 1) // 2])):
             path = self.store.folder / "figures" / f"{file_name(model)}--{file_name(attack)}--{which}.png"
-            if path.exists() and (model, attack) not in self.computed:
+            if path.exists() and not self.claims.marked(f"{name}.computed"):
                 continue
-            made = self._make(attack, "plain", chosen.seed, undefended.segmenter)
+            undefended = self._under(model, NONE)
+            made = self._make(attack, "plain", chosen.seed, undefended.segmenter, self.batch.size)
             image = chosen.image
             x, y, _ = read_batch(self.data, [image])
             aim = target_map(made, y, [image])
             panels = []
             mask = None
-            for defended in applied:
+            for defended in (self._under(model, defence) for defence in defences):
                 of_image = (r for r in mine if (r.defence, r.image, r.seed) == (defended.name, image, chosen.seed))
                 for record in worst(of_image):  # none, where it was left out
-                    adversarial, mask = self._patched(record, undefended, x)
+                    adversarial, mask = self._patched(record, x)
                     panels.append(
                         Panel(
                             title=defended.name,
@@ -453,12 +539,12 @@ class _Run:
             )
 
     def _patched(
-        self, record: Record, undefended: _Defended, x: NDArray[np.float32]
+        self, record: Record, x: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
         place = self.indices.index(record.image)
         seed = None if record.seed == self.seeds[0] else record.seed
         cell = Cell(record.model, record.defence, record.attack, record.variant, place - place % CHUNK, seed)
-        return self.store.changes(self._origin(cell, undefended), [record.image]).paste(x)
+        return self.store.changes(self._origin(cell), [record.image]).paste(x)
 
     def _chunks(self) -> Iterator[tuple[int, list[int]]]:
         for start in range(0, len(self.indices), CHUNK):
@@ -466,6 +552,18 @@ class _Run:
 
     def _readable(self, images: Sequence[int]) -> list[int]:
         return [image for image in images if image not in self.survey.unreadable]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    records: list[Record]
+    adversarial: NDArray[np.float32]
+    mask: NDArray[np.bool_] | None
+
+
+def _of_attack(cell: Cell) -> str:
+    """Of an attack that does not apply to a defended model."""
+    return f"{file_name(cell.model)}/{file_name(cell.attack)}/{file_name(cell.defence)}.skipped"
 
 
 def _reason(error: Exception) -> str:
