@@ -24,6 +24,8 @@ from evaluation.cli_shared import (
     Size,
     Target,
     attack_options,
+    check_device,
+    first_process,
     load_plugins,
     parsed_option,
     show,
@@ -120,10 +122,9 @@ def evaluate(
         run = _run_file(run_file, {name: value for name, value in given.items() if value not in (None, [])})
         load_plugins(run.plugins)
         from evaluation.experiment import evaluate as measure
-        from ramdefense.processes import Launch
 
         results = measure(**run.arguments(), verbose=not quiet, run_file=run.to_yaml())
-    if Launch.of().rank == 0:
+    if first_process():
         show(results.table())
         if run.out is not None:
             show(f"Rows, tables, patches and figures: {run.out}")
@@ -236,9 +237,9 @@ def transfer(
             device_type=device,
             **options,
         )
-    if not result.interrupted:
+    if not result.interrupted and first_process():
         show(result.table())
-    if out is not None:
+    if out is not None and first_process():
         show(f"Matrix, rows and patches: {out}")
     if result.interrupted:
         raise typer.Exit(130)
@@ -296,9 +297,10 @@ def universal(
             raise typer.Exit(130) from None
     if result.results.interrupted:
         raise typer.Exit(130)
-    show(result.table())
-    if out is not None:
-        show(f"Patch: {out / 'patch.safetensors'}")
+    if first_process():
+        show(result.table())
+        if out is not None:
+            show(f"Patch: {out / 'patch.safetensors'}")
 
 
 @app.command()
@@ -367,6 +369,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Recipe; the zoo's are in evaluation/zoo.")],
     data: Annotated[str, typer.Option(help="Folder that {data} in the recipe stands for.")] = "",
     out: Annotated[Path | None, typer.Option(help="OUT.safetensors and OUT.json; the recipe's name otherwise.")] = None,
+    device: Device = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train a model from a recipe and write its weights and its card."""
@@ -379,8 +382,10 @@ def train(
         from evaluation.training import Recipe, save
         from evaluation.training import train as fit
 
+        check_device(device)
+        hidden = quiet or not first_process()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+        with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:
             task = bar.add_task("reading the data", total=None)
             latest: dict[str, float] = {}
 
@@ -389,7 +394,9 @@ def train(
                 text = ", ".join(f"{name} {value:.3f}" for name, value in latest.items())
                 bar.update(task, completed=step, total=steps, description=text)
 
-            model, card = fit(Recipe.load(recipe), data=data, progress=progress)
+            model, card = fit(Recipe.load(recipe), data=data, progress=progress, device_type=device)
+        if not first_process():
+            return
         target = Path(recipe.stem) if out is None else out
         save(model, card, target)
     for split in ("val", "test"):

@@ -38,6 +38,7 @@ from evaluation.given import (
     named_defences,
     named_segmenters,
 )
+from evaluation.launched import launched
 from evaluation.memory import BatchSize
 from evaluation.metrics import REGIONS, Region, confusion, counted_pixels
 from evaluation.progress import Tick, progress_bar
@@ -45,7 +46,6 @@ from evaluation.results import LeftOut, Record, Results, Skipped, worst
 from evaluation.store import NONE, Cell, Store, file_name
 from evaluation.survey import Survey, first_readable, read_batch, reason, survey
 from evaluation.walk import Piece, once, settled, walk
-from ramdefense.processes import Launch
 from ramdefense.segmenter import PyTorchSegmenter
 from ramdefense.traits import NotApplicableError
 
@@ -122,11 +122,7 @@ def evaluate(
         raise ValueError(f"region={region!r}: one of {', '.join(map(repr, REGIONS))}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
-    launch = Launch.of()
-    if launch.world > 1 and out is None:
-        raise ValueError(f"{launch.world} processes and no folder to share the work through: give the run one (out=)")
-    if device_type != "cpu":
-        launch.choose_gpu()
+    launch = launched(out, device_type)
     folder = None if out is None else Path(out)
     seeds = chosen_seeds(seed)
     factories = named_attacks(attacks)
