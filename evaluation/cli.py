@@ -92,6 +92,10 @@ def evaluate(
         bool,
         typer.Option("--keep-going", help="Leave out what cannot be read or attacked, finish the rest, end with 1."),
     ] = False,
+    amp: Annotated[str | None, typer.Option(help="bf16: models under autocast; other numbers, near the usual.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Models by torch.compile; the numbers change by rounding.")
+    ] = False,
     plugin: Plugins = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -117,6 +121,8 @@ def evaluate(
             "device": device,
             "options": dict(parsed_option(text) for text in option or []),
             "keep_going": keep_going or None,
+            "amp": amp,
+            "compile": compiled or None,
             "plugins": plugin,
         }
         run = _run_file(run_file, {name: value for name, value in given.items() if value not in (None, [])})

@@ -41,6 +41,7 @@ from evaluation.given import (
 from evaluation.launched import launched
 from evaluation.memory import BatchSize
 from evaluation.metrics import REGIONS, Region, confusion, counted_pixels
+from evaluation.precision import prepared
 from evaluation.progress import Tick, progress_bar
 from evaluation.results import LeftOut, Record, Results, Skipped, worst
 from evaluation.store import NONE, Cell, Store, file_name
@@ -76,6 +77,8 @@ def evaluate(
     patch_shape: tuple[int, int] | None = None,
     max_iter: int | None = None,
     device_type: str | None = None,
+    amp: str | None = None,
+    compile: bool = False,
     run_file: str | None = None,
     **attack_options: Any,
 ) -> Results:
@@ -94,17 +97,23 @@ def evaluate(
         images: how many images, spread evenly over the data set, or which indices; ``None``: all. The index of an image
             is the number of its random streams, so a row depends on neither the other images nor ``batch_size``.
         size: ``(height, width)`` that named data are resized to.
-        batch_size: images worked on at once.
+        batch_size: images worked on at once; halved, with a warning, whenever they do not fit into a GPU's memory.
         seed: of the attacks; several: every attack is made with each.
         region: where pixels count: ``"outside"`` the patch, or ``"everywhere"``.
         out: folder of the run. Rows are written there as they are finished; the same call again goes on from there,
-            also after a kill, and computes anew what is damaged, with a warning.
+            also after a kill, and computes anew what is damaged, with a warning. Several processes (torchrun, ``srun``,
+            or started one by one) may share it: each takes cells that no other one has in work, and all return the same
+            results.
         keep_going: leave out frames that cannot be read and cells whose attack raises, and finish the rest; both are
             in ``Results.left_out``, and the same call again tries them again. Otherwise the first of them is raised.
         verbose: a progress bar with the time left, on standard error.
         patch_shape: ``(height, width)`` in pixels; ``None``: the attack's default.
         max_iter: steps of each attack; ``None``: the attack's default.
         device_type: ``"cpu"`` or ``"gpu"``, for models given by name; ``None``: a GPU where there is one.
+        amp: ``"bf16"`` runs every model under autocast in bfloat16: other numbers than in float32, near them
+            (`PyTorchSegmenter`).
+        compile: compile every model by ``torch.compile``: the same up to the rounding of sums, which an iterated
+            attack may amplify. A defence works on a copy that is not compiled.
         run_file: text that would repeat the run (``evaluation.runfile``), kept in its folder as ``run.yaml``.
         attack_options: further options of the attacks; each goes to the attacks that have it.
 
@@ -136,6 +145,7 @@ def evaluate(
     indices = chosen_images(images, len(frames))
     first = first_readable(frames, indices) if keep_going else indices[0]
     segmenters = named_segmenters(models, frames, first, device_type)
+    segmenters = {name: prepared(segmenter, amp=amp, compiled=compile) for name, segmenter in segmenters.items()}
     surveyed = survey(frames, indices, keep_going=keep_going) if out or keep_going else Survey()
     configuration: dict[str, Any] = {
         "models": {name: model_fingerprint(segmenter) if out else "" for name, segmenter in segmenters.items()},
@@ -151,6 +161,8 @@ def evaluate(
         "seed": seeds if len(seeds) > 1 else seeds[0],
         "region": region,
         "versions": versions_of("ramdefense", "torch"),
+        **({"amp": amp} if amp else {}),
+        **({"compile": True} if compile else {}),
     }
     store = Store(folder, frames.classes)
     store.check_free()
@@ -355,12 +367,13 @@ class _Run:
                 yield Cell(model, defence, attack, variant, chunk, None if seed == self.seeds[0] else seed), images
 
     def _piece(self, cell: Cell) -> Piece:
-        origin = self._origin(cell)
+        # pasted is what another cell made, and only where the attack was found to apply to this model
+        needed = () if cell.variant != "transfer" else (self._origin(cell), replace(cell, variant="plain"))
         return Piece(
             cell.path,
             functools.partial(self._look, cell),
             functools.partial(self._compute, cell),
-            lambda: origin is cell or origin in self.outcomes,
+            lambda: all(one in self.outcomes for one in needed),
         )
 
     def _look(self, cell: Cell) -> bool:
