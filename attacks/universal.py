@@ -3,6 +3,9 @@
 The loop is that of `attacks.optimize` with another gradient: a step looks at a mini-batch of frames that all wear the
 same pixels, and moves these by the mean of the frames' gradients. A fit can be stopped at any time and goes on from a
 file, with the same numbers as if it had not been.
+
+In a process group of `torch.distributed` every process takes its share of each mini-batch, and all of them move the
+same pixels by the mean over all frames.
 """
 
 from __future__ import annotations
@@ -28,10 +31,11 @@ from attacks.interfaces import Victim
 from attacks.optimize import Result, observed_traits, reference_map
 from attacks.options import PatchOptions
 from attacks.patch import Patch
-from attacks.problem import Problem, Spent
+from attacks.problem import Look, Problem, Spent
 from attacks.steps import SCHEDULES, Seen, State
 from attacks.streams import stream
 from ramdefense.checks import check_images
+from ramdefense.processes import from_first, rank, share, total, world
 from ramdefense.traits import Traits
 
 COMPARING = ("apgd", "square")
@@ -86,6 +90,10 @@ class UniversalPatchAttack(PatchAttack):
         save_every: int = 20,
     ) -> Self:
         """Make the patch.
+
+        In a process group (`ramdefense.processes.group`) all processes call this with the same arguments, and end with
+        the same patch, bit for bit. It is that of one process up to the rounding of the sums over a mini-batch. The
+        first process reads and writes the file of `resume`.
 
         Args:
             data: A data set, i.e. a sequence of objects with `.image` (C, H, W) and `.label` (H, W), of which a step
@@ -185,15 +193,16 @@ def fit_patch(
         )
     loop = _Loop.of(victim, frames, options, train, judges)
     identity = "" if resume is None else loop.identity()
-    kept = _Fit.load(resume, identity) if resume is not None and Path(resume).exists() else loop.begin()
-    total = loop.runs * options.max_iter
-    with tqdm(total=total, initial=kept.done, disable=not options.verbose) as progress:
-        while kept.done < total:
+    held = None if resume is None else from_first(lambda: _Fit.held(resume, identity))
+    kept = loop.begin() if held is None else held
+    steps = loop.runs * options.max_iter
+    with tqdm(total=steps, initial=kept.done, disable=not options.verbose or rank() > 0) as progress:
+        while kept.done < steps:
             began = time.perf_counter()
             kept = loop.step(kept)
             kept = replace(kept, seconds=kept.seconds + time.perf_counter() - began)
             progress.update()
-            if resume is not None and (kept.done % save_every == 0 or kept.done == total):
+            if resume is not None and rank() == 0 and (kept.done % save_every == 0 or kept.done == steps):
                 kept.save(resume, identity)
     result = Result((kept.criterion,), (kept.loss,), (kept.done,), kept.forwards, kept.backwards, kept.seconds)
     return Patch(kept.best[0], options.patch_location, options.alpha), result
@@ -333,6 +342,11 @@ class _Fit:
         half_written.replace(path)
 
     @classmethod
+    def held(cls, path: str | os.PathLike[str], identity: str) -> _Fit | None:
+        """What a file holds; None where there is none."""
+        return cls.load(path, identity) if Path(path).exists() else None
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str], identity: str) -> _Fit:
         """Read what `save` wrote.
 
@@ -443,29 +457,40 @@ class _Loop:
             pixels, state = fit.pixels.to(device), {name: value.to(device) for name, value in fit.state.items()}
         spent = Spent(fit.forwards, fit.backwards)
         rule = options.make_step_rule()
-        problem = self.problem(self.batch(run, step), run, spent)
+        numbers = self.batch(run, step)
+        mine = share(numbers)
+        problem = self.problem(mine or numbers[:1], run, spent)
         size = SCHEDULES[options.step_schedule](step / options.max_iter) * options.eps_step
         point = problem.threat.project(rule.point(pixels, size, state))
-        look = problem.look(point.expand(len(problem), -1, -1, -1), run, step, gradient=rule.gradient)
-        seen = Seen(point, look.gradient.mean(0, keepdim=True), look.loss.mean(0, keepdim=True))
+        look = None
+        if mine:
+            look = problem.look(point.expand(len(problem), -1, -1, -1), run, step, gradient=rule.gradient)
+        seen = Seen(point, *_means(look, point, len(numbers)))
         pixels, state = rule.update(pixels, seen, size, state, problem.threat.project)
 
         fit = replace(fit, pixels=pixels, state=state, done=fit.done + 1)
         if step + 1 == options.max_iter or (options.keep_best and (step + 1) % self.epoch == 0):
             fit = self.judged(fit, run, spent)
-        return replace(fit, forwards=spent.forwards, backwards=spent.backwards)
+        passes = torch.tensor([spent.forwards - fit.forwards, spent.backwards - fit.backwards], device=device)
+        forwards, backwards = total(passes).tolist()
+        return replace(fit, forwards=fit.forwards + forwards, backwards=fit.backwards + backwards)
 
     def judged(self, fit: _Fit, run: int, spent: Spent) -> _Fit:
         """The fit with its pixels kept if they are the best so far: more won or, as much won, less loss."""
         criterion = loss = 0.0
         size = self.options.batch_size
         for first in range(0, len(self.judges), size):
-            problem = self.problem(self.judges[first : first + size], run, spent)
+            mine = share(self.judges[first : first + size])
+            if not mine:
+                continue
+            problem = self.problem(mine, run, spent)
             # run 0, step `max_iter`: the same draws in every look, and none that a step takes
             pixels = fit.pixels.expand(len(problem), -1, -1, -1)
             look = problem.look(pixels, 0, self.options.max_iter, gradient=False)
             criterion += float(look.criterion.double().sum()) / len(self.judges)
             loss += float(look.loss.double().sum()) / len(self.judges)
+        found = torch.tensor([criterion, loss], dtype=torch.float64, device=self.victim.device)
+        criterion, loss = total(found).tolist()
         if (criterion, -loss) > (fit.criterion, -fit.loss):
             return replace(fit, best=fit.pixels, criterion=criterion, loss=loss)
         return fit
@@ -476,6 +501,23 @@ class _Loop:
         # a function prints its address, which is another one in every process
         plain = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in given.items()}
         return json.dumps(plain | {"frames": [len(self.train), len(self.judges)], "weights": _hash(self.victim.model)})
+
+
+def _means(look: Look | None, point: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+    """Gradient and loss, each (1, ...), averaged over the frames of all processes.
+
+    Args:
+        look: At this process's frames; None where it has none of them.
+        point: What was looked at, (1, C, h, w).
+        frames: How many the processes have together.
+    """
+    if look is not None and world() == 1:
+        return look.gradient.mean(0, keepdim=True), look.loss.mean(0, keepdim=True)
+    own = torch.zeros_like(point, dtype=torch.float32), torch.zeros(1, device=point.device)
+    if look is not None:
+        own = look.gradient.float().sum(0, keepdim=True), look.loss.float().sum(0, keepdim=True)
+    gradient, loss = (total(part) / frames for part in own)
+    return gradient.to(point.dtype), loss.to(point.dtype)
 
 
 def _hash(model: nn.Module) -> str:

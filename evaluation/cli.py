@@ -26,6 +26,8 @@ from evaluation.cli_shared import (
     Size,
     Target,
     attack_options,
+    check_device,
+    first_process,
     load_plugins,
     parsed_option,
     show,
@@ -95,6 +97,10 @@ def evaluate(
     no_checks: Annotated[
         bool, typer.Option("--no-checks", help="Do not check whether the numbers are to be believed.")
     ] = False,
+    amp: Annotated[str | None, typer.Option(help="bf16: models under autocast; other numbers, near the usual.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Models by torch.compile; the numbers change by rounding.")
+    ] = False,
     plugin: Plugins = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -121,6 +127,8 @@ def evaluate(
             "options": dict(parsed_option(text) for text in option or []),
             "keep_going": keep_going or None,
             "checks": False if no_checks else None,
+            "amp": amp,
+            "compile": compiled or None,
             "plugins": plugin,
         }
         run = _run_file(run_file, {name: value for name, value in given.items() if value not in (None, [])})
@@ -128,10 +136,11 @@ def evaluate(
         from evaluation.experiment import evaluate as measure
 
         results = measure(**run.arguments(), verbose=not quiet, run_file=run.to_yaml())
-    show(results.table())
-    if run.out is not None:
-        show(f"Rows, tables, patches and figures: {run.out}")
-        _name_page(Path(run.out))
+    if first_process():
+        show(results.table())
+        if run.out is not None:
+            show(f"Rows, tables, patches and figures: {run.out}")
+            _name_page(Path(run.out))
     if results.interrupted:
         raise typer.Exit(130)
     if results.left_out:
@@ -253,9 +262,9 @@ def transfer(
             device_type=device,
             **options,
         )
-    if not result.interrupted:
+    if not result.interrupted and first_process():
         show(result.table())
-    if out is not None:
+    if out is not None and first_process():
         show(f"Matrix, rows and patches: {out}")
     if result.interrupted:
         raise typer.Exit(130)
@@ -313,9 +322,10 @@ def universal(
             raise typer.Exit(130) from None
     if result.results.interrupted:
         raise typer.Exit(130)
-    show(result.table())
-    if out is not None:
-        show(f"Patch: {out / 'patch.safetensors'}")
+    if first_process():
+        show(result.table())
+        if out is not None:
+            show(f"Patch: {out / 'patch.safetensors'}")
 
 
 @app.command()
@@ -388,6 +398,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Recipe; the zoo's are in evaluation/zoo.")],
     data: Annotated[str, typer.Option(help="Folder that {data} in the recipe stands for.")] = "",
     out: Annotated[Path | None, typer.Option(help="OUT.safetensors and OUT.json; the recipe's name otherwise.")] = None,
+    device: Device = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train a model from a recipe and write its weights and its card."""
@@ -400,8 +411,10 @@ def train(
         from evaluation.training import Recipe, save
         from evaluation.training import train as fit
 
+        check_device(device)
+        hidden = quiet or not first_process()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+        with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:
             task = bar.add_task("reading the data", total=None)
             latest: dict[str, float] = {}
 
@@ -410,7 +423,9 @@ def train(
                 text = ", ".join(f"{name} {value:.3f}" for name, value in latest.items())
                 bar.update(task, completed=step, total=steps, description=text)
 
-            model, card = fit(Recipe.load(recipe), data=data, progress=progress)
+            model, card = fit(Recipe.load(recipe), data=data, progress=progress, device_type=device)
+        if not first_process():
+            return
         target = Path(recipe.stem) if out is None else out
         save(model, card, target)
     for split in ("val", "test"):

@@ -80,6 +80,13 @@ def check_device(device: str | None) -> None:
         raise ValueError(f"--device {device}: cpu or gpu")
 
 
+def first_process() -> bool:
+    """Whether this is the process that shows what all of them found."""
+    from ramdefense.processes import Launch
+
+    return Launch.of().rank == 0
+
+
 def attack_options(
     option: list[str] | None,
     target: str | None,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ import numpy as np
 
 from evaluation.changes import Changes
 from evaluation.checks import Checker, probed_batches
+from evaluation.claims import Claims
 from evaluation.contact import check_promises, costs_of, generate, mask_of, takes, target_map
 from evaluation.datasets import load_data
 from evaluation.distance import count_rings
@@ -39,13 +40,18 @@ from evaluation.given import (
     named_defences,
     named_segmenters,
 )
+from evaluation.launched import launched
+from evaluation.memory import BatchSize
 from evaluation.metrics import REGIONS, Region, confusion, counted_pixels
 from evaluation.pictures import Picture, View, as_photo, chosen, rows_hash
+from evaluation.precision import prepared
 from evaluation.progress import Tick, progress_bar
 from evaluation.report import write_report
 from evaluation.results import LeftOut, Record, Results, Skipped, worst
 from evaluation.store import NONE, Cell, Store, file_name
 from evaluation.survey import Survey, first_readable, read_batch, reason, survey
+from evaluation.verdicts import Verdict
+from evaluation.walk import Piece, once, settled, walk
 from ramdefense.segmenter import PyTorchSegmenter
 from ramdefense.traits import NotApplicableError
 
@@ -74,10 +80,13 @@ def evaluate(
     keep_going: bool = False,
     checks: bool = True,
     check_images: int = 2,
+    report: bool = True,
     verbose: bool = True,
     patch_shape: tuple[int, int] | None = None,
     max_iter: int | None = None,
     device_type: str | None = None,
+    amp: str | None = None,
+    compile: bool = False,
     run_file: str | None = None,
     **attack_options: Any,
 ) -> Results:
@@ -96,20 +105,27 @@ def evaluate(
         images: how many images, spread evenly over the data set, or which indices; ``None``: all. The index of an image
             is the number of its random streams, so a row depends on neither the other images nor ``batch_size``.
         size: ``(height, width)`` that named data are resized to.
-        batch_size: images worked on at once.
+        batch_size: images worked on at once; halved, with a warning, whenever they do not fit into a GPU's memory.
         seed: of the attacks; several: every attack is made with each.
         region: where pixels count: ``"outside"`` the patch, or ``"everywhere"``.
         out: folder of the run. Rows are written there as they are finished; the same call again goes on from there,
-            also after a kill, and computes anew what is damaged, with a warning.
+            also after a kill, and computes anew what is damaged, with a warning. Several processes (torchrun, ``srun``,
+            or started one by one) may share it: each takes cells that no other one has in work, and all return the same
+            results.
         keep_going: leave out frames that cannot be read and cells whose attack raises, and finish the rest; both are
             in ``Results.left_out``, and the same call again tries them again. Otherwise the first of them is raised.
         checks: make the checks of ``evaluation.checks`` on what is finished, each once; without, only those that the
             folder holds are there.
         check_images: how many images they probe, spread evenly.
+        report: write figures and the page into the folder, beside rows and tables.
         verbose: a progress bar with the time left, on standard error.
         patch_shape: ``(height, width)`` in pixels; ``None``: the attack's default.
         max_iter: steps of each attack; ``None``: the attack's default.
         device_type: ``"cpu"`` or ``"gpu"``, for models given by name; ``None``: a GPU where there is one.
+        amp: ``"bf16"`` runs every model under autocast in bfloat16: other numbers than in float32, near them
+            (`PyTorchSegmenter`).
+        compile: compile every model by ``torch.compile``: the same up to the rounding of sums, which an iterated
+            attack may amplify. A defence works on a copy that is not compiled.
         run_file: text that would repeat the run (``evaluation.runfile``), kept in its folder as ``run.yaml``.
         attack_options: further options of the attacks; each goes to the attacks that have it.
 
@@ -129,6 +145,8 @@ def evaluate(
         raise ValueError(f"batch_size={batch_size}: at least 1")
     if check_images < 1:
         raise ValueError(f"check_images={check_images}: at least 1; checks=False makes no checks")
+    launch = launched(out, device_type)
+    folder = None if out is None else Path(out)
     seeds = chosen_seeds(seed)
     factories = named_attacks(attacks)
     functions = named_defences(defences)
@@ -141,6 +159,7 @@ def evaluate(
     indices = chosen_images(images, len(frames))
     first = first_readable(frames, indices) if keep_going else indices[0]
     segmenters = named_segmenters(models, frames, first, device_type)
+    segmenters = {name: prepared(segmenter, amp=amp, compiled=compile) for name, segmenter in segmenters.items()}
     surveyed = survey(frames, indices, keep_going=keep_going) if out or keep_going else Survey()
     configuration: dict[str, Any] = {
         "models": {name: model_fingerprint(segmenter) if out else "" for name, segmenter in segmenters.items()},
@@ -156,24 +175,39 @@ def evaluate(
         "seed": seeds if len(seeds) > 1 else seeds[0],
         "region": region,
         "versions": versions_of("ramdefense", "torch"),
+        **({"amp": amp} if amp else {}),
+        **({"compile": True} if compile else {}),
     }
-    store = Store(Path(out) if out is not None else None, frames.classes)
-    store.open(configuration, {"batch_size": batch_size, "device_type": device_type}, surveyed, run_file)
+    store = Store(folder, frames.classes)
+    store.check_free()
     results = Results([], frames.classes, [], configuration)
-    options = {**given, "batch_size": batch_size, "verbose": False}
     cells = len(segmenters) * len(factories) * (1 + (len(functions) - 1) * sum(_EFFORT.values()))
-    with progress_bar(verbose, cells * len(indices) * len(seeds)) as tick:
-        run = _Run(
-            frames, indices, surveyed, factories, options, seeds, region, batch_size, keep_going, store, tick, results,
-            check_images if checks else None,
-        )  # fmt: skip
-        try:
-            for name, segmenter in segmenters.items():
-                run.model(name, segmenter, functions)
-        except KeyboardInterrupt:
-            results.interrupted = True
-    if out is not None and results.records:
-        write_report(Path(out), results)
+    shown = verbose and launch.rank == 0
+    run: _Run | None = None
+    try:
+        with Claims(folder) as claims, progress_bar(shown, cells * len(indices) * len(seeds)) as tick:
+            with claims.alone("configuration"):
+                store.open(configuration, {"batch_size": batch_size, "device_type": device_type}, surveyed, run_file)
+
+            def smaller(size: int) -> None:
+                with claims.alone("configuration"):
+                    store.note({"batch_size_that_fits": size})
+
+            run = _Run(
+                frames, indices, surveyed, segmenters, functions, factories, {**given, "verbose": False}, seeds,
+                region, BatchSize(batch_size, smaller), keep_going, store, claims, tick,
+                check_images if checks else None, report,
+            )  # fmt: skip
+            walk(run.pieces(), claims)
+            run.collect(results)
+            if folder is not None and results.records:
+                once(settled("tables", lambda: write_report(folder, results, with_page=report), claims), claims)
+    except KeyboardInterrupt:
+        results.interrupted = True
+        if run is not None:
+            run.collect(results)
+        if folder is not None and results.records:
+            write_report(folder, results, with_page=report)
     return results
 
 
@@ -186,13 +220,12 @@ class _Defended:
 
     name: str
     segmenter: PyTorchSegmenter
-    batch_size: int
     clean: dict[int, NDArray[Any]] = field(default_factory=dict)  # image → labels (H, W)
 
     def predict(self, x: NDArray[np.float32], images: Sequence[int]) -> NDArray[np.int64]:
         """Labels on a draw of the defence's randomness that no attack sees."""
         with self.segmenter.conditions(images=tuple(images), draw=-1):
-            return self.segmenter.predict_labels(x, batch_size=self.batch_size)
+            return self.segmenter.predict_labels(x, batch_size=len(x))
 
     def predict_clean(self, x: NDArray[np.float32], images: Sequence[int]) -> NDArray[np.int64]:
         if not all(image in self.clean for image in images):
@@ -203,75 +236,125 @@ class _Defended:
 
 @dataclass
 class _Run:
+    """What is to be done, as pieces that any process may do, and what came out, of all of them."""
+
     data: SegmentationData
     indices: list[int]
     survey: Survey
+    segmenters: Mapping[str, PyTorchSegmenter]
+    defences: Mapping[str, DefenceFunction]
     attacks: Mapping[str, AttackFactory]
     options: dict[str, Any]
     seeds: list[int]
     region: Region
-    batch_size: int
+    batch: BatchSize
     keep_going: bool
     store: Store
+    claims: Claims
     tick: Tick
-    results: Results
-    check_images: int | None = None
+    check_images: int | None  # None: no checks are made
+    report: bool
+    cells: dict[Cell, list[int]] = field(default_factory=dict)  # in the order of the table, with their images
+    outcomes: dict[Cell, list[Record] | LeftOut] = field(default_factory=dict)
+    skipped: dict[tuple[str, str, str | None], Skipped] = field(default_factory=dict)  # model, defence, attack
+    defended: dict[tuple[str, str], _Defended] = field(default_factory=dict)  # of the model in work
+    verdicts: dict[tuple[str, str], list[Verdict]] = field(default_factory=dict)  # model, defence
+    attack: tuple[Any, Any] = (None, None)  # the last one made, and what it was made from
 
-    def model(self, model: str, segmenter: PyTorchSegmenter, defences: Mapping[str, DefenceFunction]) -> None:
-        undefended = _Defended(NONE, segmenter, self.batch_size)
-        applied = []
-        for name, function in defences.items():
-            defended = undefended if name == NONE else self._defend(model, name, function, segmenter)
-            if defended is not None:
-                applied.append(defended)
-            for attack in self.attacks:
-                variants: list[str] = []
-                if defended is not None:
-                    variants = self._variants(attack, defended)
-                    for variant in variants:
-                        try:
-                            self._cells(model, attack, variant, defended, undefended)
-                        except NotApplicableError as error:
-                            self._skip(Skipped(model, name, _reason(error), attack))
-                            break
-                if name != NONE:
-                    left_out = sum(effort for variant, effort in _EFFORT.items() if variant not in variants)
-                    self.tick(f"{model} · {attack} · {name}", left_out * len(self.indices) * len(self.seeds))
-        inapplicable = {skipped.attack for skipped in self.results.skipped if skipped.model == model}
-        for attack in self.attacks:
-            if attack not in inapplicable:
-                self._figures(model, attack, applied, undefended)
-        self._checks(model, applied)
+    def pieces(self) -> Iterator[Piece]:
+        """Everything that is to be done, in its order: for each model its cells, then its figures and checks."""
+        for model in self.segmenters:
+            applied = []
+            for defence in self.defences:
+                variants = self._variants_under(model, defence)
+                if variants is not None:
+                    applied.append(defence)
+                for attack in self.attacks:
+                    of_attack = [] if variants is None else variants[attack]
+                    for variant in of_attack:
+                        for cell, images in self._cells(model, attack, defence, variant):
+                            self.cells[cell] = images
+                            yield self._piece(cell)
+                    if defence != NONE:
+                        left_out = sum(effort for variant, effort in _EFFORT.items() if variant not in of_attack)
+                        self.tick(f"{model} · {attack} · {defence}", left_out * len(self.indices) * len(self.seeds))
+            if self.store.folder is not None and self.report:
+                for attack in self.attacks:
+                    name = f"{file_name(model)}/{file_name(attack)}.figures"
+                    draw = functools.partial(self._figures, model, attack, tuple(applied))
+                    done = functools.partial(self._is_done, model, attack)
+                    yield replace(settled(name, draw, self.claims), ready=done)
+            for defence in applied:
+                yield self._check_piece(model, defence)
 
-    def _checks(self, model: str, applied: Sequence[_Defended]) -> None:
-        """What the finished cells of a model are worth (``evaluation.checks``)."""
-        self.tick(f"{model} · checks", 0)
-        readable = self._readable(self.indices)
-        batches = None
-        if self.check_images is not None:
-            batches = probed_batches(self.data, readable, self.check_images, self.batch_size)
-        make = functools.partial(self._make, seed=self.seeds[0])
-        checker = Checker(self.store, self.attacks, make, batches, self.region, self.seeds[0])
-        self.results.verdicts += checker.model(model, applied, self.results.records)
+    def collect(self, results: Results) -> None:
+        """Put what came out, so far, into the results, in an order that does not depend on who did what."""
+        results.records, results.left_out = [], []
+        for cell, images in self.cells.items():
+            outcome = self.outcomes.get(cell, [])
+            if isinstance(outcome, LeftOut):
+                results.left_out.append(outcome)
+            else:
+                results.records += outcome
+            if outcome and not isinstance(outcome, LeftOut):
+                # a frame is left out where a finished cell lacks it; one that was read earlier may be in all of them
+                for image in sorted({*images} - {record.image for record in outcome}, key=images.index):
+                    unreadable = LeftOut(self.survey.unreadable[image], (image,))
+                    results.left_out += [] if unreadable in results.left_out else [unreadable]
+        defences, attacks = list(self.defences), [*self.attacks, None]
+        results.skipped = sorted(
+            self.skipped.values(),
+            key=lambda s: (list(self.segmenters).index(s.model), defences.index(s.defence), attacks.index(s.attack)),
+        )
+        results.verdicts = [verdict for found in self.verdicts.values() for verdict in found]
+        results.verdicts = results.ordered().verdicts
 
-    def _defend(
-        self, model: str, name: str, function: DefenceFunction, segmenter: PyTorchSegmenter
-    ) -> _Defended | None:
-        try:
-            defended = _Defended(name, function(segmenter), self.batch_size)
-            if not isinstance(defended.segmenter, PyTorchSegmenter):
-                kind = type(defended.segmenter).__name__
-                raise ValueError(f"defence {name!r} returned a {kind}; it must return a PyTorchSegmenter")
-            first = self._readable(self.indices)[:1]
-            # a defence may look at the model only when it runs
-            defended.predict_clean(read_batch(self.data, first)[0], first)
-        except NotApplicableError as error:
-            self._skip(Skipped(model, name, _reason(error)))
-            return None
+    def _is_done(self, model: str, attack: str | None = None) -> bool:
+        """Whether all cells of an attack on a model are settled; of every attack, if none is given."""
+        return all(cell in self.outcomes for cell in self._cells_of(model, attack))
+
+    def _cells_of(self, model: str, attack: str | None) -> list[Cell]:
+        return [cell for cell in self.cells if cell.model == model and attack in (None, cell.attack)]
+
+    def _records_of(self, model: str, attack: str | None = None) -> list[Record]:
+        """What is settled of an attack on a model, or of every attack on it."""
+        outcomes = [self.outcomes[cell] for cell in self._cells_of(model, attack)]
+        return [record for outcome in outcomes if not isinstance(outcome, LeftOut) for record in outcome]
+
+    def _under(self, model: str, defence: str) -> _Defended:
+        """A model under a defence; those of one model are kept until another one is asked for.
+
+        Raises:
+            NotApplicableError: The defence does not apply to the model.
+        """
+        if (model, defence) not in self.defended:
+            self.defended = {key: held for key, held in self.defended.items() if key[0] == model}
+            self.defended[model, defence] = self._defend(defence, self.defences[defence], self.segmenters[model])
+        return self.defended[model, defence]
+
+    def _defend(self, name: str, function: DefenceFunction, segmenter: PyTorchSegmenter) -> _Defended:
+        if name == NONE:
+            return _Defended(NONE, segmenter)
+        defended = _Defended(name, function(segmenter))
+        if not isinstance(defended.segmenter, PyTorchSegmenter):
+            kind = type(defended.segmenter).__name__
+            raise ValueError(f"defence {name!r} returned a {kind}; it must return a PyTorchSegmenter")
+        first = self._readable(self.indices)[:1]
+        # a defence may look at the model only when it runs
+        defended.predict_clean(read_batch(self.data, first)[0], first)
         return defended
 
+    def _variants_under(self, model: str, defence: str) -> dict[str, list[str]] | None:
+        """The variants of each attack; None if the defence does not apply, which is noted."""
+        try:
+            defended = self._under(model, defence)
+        except NotApplicableError as error:
+            self._skip(Skipped(model, defence, _reason(error)))
+            return None
+        return {attack: self._variants(attack, defended) for attack in self.attacks}
+
     def _skip(self, skipped: Skipped) -> None:
-        self.results.skipped.append(skipped)
+        self.skipped[skipped.model, skipped.defence, skipped.attack] = skipped
         self.store.skip(skipped)
 
     def _variants(self, attack: str, defended: _Defended) -> list[str]:
@@ -280,9 +363,19 @@ class _Run:
         adapts = any(takes(factory, name) for name in _PLAIN) and (traits.random or traits.straight_through)
         return ["plain", *(["adaptive"] if adapts else []), *(["transfer"] if defended.name != NONE else [])]
 
-    def _make(self, attack: str, variant: str, seed: int, segmenter: PyTorchSegmenter, **change: Any) -> Any:
+    def _make(self, attack: str, variant: str, seed: int, segmenter: PyTorchSegmenter, batch_size: int) -> Any:
+        """The attack; the one made last, where it is asked for again."""
+        key = (attack, variant, seed, segmenter, batch_size)
+        if self.attack[0] != key:
+            self.attack = key, self._make_anew(attack, variant, seed, segmenter, batch_size)
+        return self.attack[1]
+
+    def _make_anew(
+        self, attack: str, variant: str, seed: int, segmenter: PyTorchSegmenter, batch_size: int, **change: Any
+    ) -> Any:
         factory = self.attacks[attack]
-        options = self.options | {"seed": seed} | (_PLAIN if variant == "plain" else {}) | change
+        options = self.options | {"batch_size": batch_size, "seed": seed} | (_PLAIN if variant == "plain" else {})
+        options |= change
         try:
             made = factory(segmenter, **{name: value for name, value in options.items() if takes(factory, name)})
         except TypeError as error:
@@ -294,62 +387,82 @@ class _Run:
             )
         return made
 
-    def _cells(self, model: str, attack: str, variant: str, defended: _Defended, undefended: _Defended) -> None:
+    def _cells(self, model: str, attack: str, defence: str, variant: str) -> Iterator[tuple[Cell, list[int]]]:
         """Every seed and chunk of images of one model, attack, defence and variant."""
-        label = f"{model} · {attack} · {defended.name} · {variant}"
-        source = undefended if variant == "transfer" else defended
         for seed in self.seeds:
-            begin = Cell(model, defended.name, attack, variant, 0, None if seed == self.seeds[0] else seed)
-            as_variant = self._origin(begin, undefended).variant
-            make = functools.cache(functools.partial(self._make, attack, as_variant, seed, source.segmenter))
             for chunk, images in self._chunks():
-                cell = replace(begin, chunk=chunk)
-                records = self.store.read(cell, images)
-                if records is None:
-                    records = self._compute(cell, images, make, defended, undefended)
-                if records is not None:
-                    self._note_unreadable(images, records)
-                    self.results.records += records
-                self.tick(label, _EFFORT[variant] * len(images))
+                yield Cell(model, defence, attack, variant, chunk, None if seed == self.seeds[0] else seed), images
 
-    def _compute(
-        self,
-        cell: Cell,
-        images: list[int],
-        make: Callable[[], Any],
-        defended: _Defended,
-        undefended: _Defended,
-    ) -> list[Record] | None:
-        """Attack, measure, and keep the rows; None where they are left out."""
+    def _piece(self, cell: Cell) -> Piece:
+        # pasted is what another cell made, and only where the attack was found to apply to this model
+        needed = () if cell.variant != "transfer" else (self._origin(cell), replace(cell, variant="plain"))
+        return Piece(
+            cell.path,
+            functools.partial(self._look, cell),
+            functools.partial(self._compute, cell),
+            lambda: all(one in self.outcomes for one in needed),
+        )
+
+    def _look(self, cell: Cell) -> bool:
+        """Whether the cell is settled: finished, left out by a process that is still there, or not applicable."""
+        if self._not_applicable(cell):
+            self._settle(cell, [])
+            return True
+        records = self.store.read(cell, self.cells[cell])
+        if records is not None:
+            self._settle(cell, records)
+        elif self.claims.marked(cell.path):
+            self._settle(cell, self.store.left_out(cell))
+        return cell in self.outcomes
+
+    def _not_applicable(self, cell: Cell) -> bool:
+        key = (cell.model, cell.defence, cell.attack)
+        if key not in self.skipped and self.claims.marked(_of_attack(cell)):
+            self.skipped[key] = self.store.skipped(*key)
+        return key in self.skipped
+
+    def _settle(self, cell: Cell, outcome: list[Record] | LeftOut) -> None:
+        self.outcomes[cell] = outcome
+        label = f"{cell.model} · {cell.attack} · {cell.defence} · {cell.variant}"
+        self.tick(label, _EFFORT[cell.variant] * len(self.cells[cell]))
+
+    def _compute(self, cell: Cell) -> None:
+        """Attack, measure, and keep the rows, or what went wrong."""
+        images = self.cells[cell]
         try:
-            records, changes = self._chunk(cell, make(), self._readable(images), defended, undefended)
-        except NotApplicableError:
-            raise
+            records, changes = self._chunk(cell, self._readable(images))
+        except NotApplicableError as error:
+            self._skip(Skipped(cell.model, cell.defence, _reason(error), cell.attack))
+            self.claims.mark(_of_attack(cell))
+            self._settle(cell, [])
         except Exception as error:  # an attack may raise anything
             if not self.keep_going:
                 raise
-            self._leave_out(cell, images, error)
-            return None
-        self.store.write(cell, images, records, changes)
-        return records
+            seed = self.seeds[0] if cell.seed is None else cell.seed
+            left_out = LeftOut(reason(error), tuple(images), cell.model, cell.attack, cell.defence, cell.variant, seed)
+            self.store.leave_out(cell, left_out)
+            self.claims.mark(cell.path)
+            self._settle(cell, left_out)
+        else:
+            self.store.write(cell, images, records, changes)
+            self._settle(cell, records)
 
-    def _origin(self, cell: Cell, undefended: _Defended) -> Cell:
+    def _origin(self, cell: Cell) -> Cell:
         """The cell that made the patch: for ``transfer`` the undefended model's, the adaptive one if it has one."""
         if cell.variant != "transfer":
             return cell
-        return replace(cell, defence=NONE, variant=self._variants(cell.attack, undefended)[-1])
+        return replace(cell, defence=NONE, variant=self._variants(cell.attack, self._under(cell.model, NONE))[-1])
 
-    def _chunk(
-        self, cell: Cell, attack: Any, images: list[int], defended: _Defended, undefended: _Defended
-    ) -> tuple[list[Record], Changes | None]:
+    def _chunk(self, cell: Cell, images: list[int]) -> tuple[list[Record], Changes | None]:
         """The rows of a cell, and its patches if it made them itself."""
-        records: list[Record] = []
-        made: list[NDArray[np.float32]] = []
-        masks: list[NDArray[np.bool_] | None] = []
-        origin = self._origin(cell, undefended)
+        defended, undefended = self._under(cell.model, cell.defence), self._under(cell.model, NONE)
+        origin = self._origin(cell)
         pasted = None if origin is cell else self.store.changes(origin, images)
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start : start + self.batch_size]
+        source = defended if pasted is None else undefended
+        seed = self.seeds[0] if cell.seed is None else cell.seed
+
+        def work(batch: Sequence[int], size: int) -> _Batch:
+            attack = self._make(cell.attack, origin.variant, seed, source.segmenter, size)
             x, y, names = read_batch(self.data, batch)
             aim = target_map(attack, y, batch)
             costs: list[dict[str, Any]] = [{"steps": 0, "forwards": 0.0, "backwards": 0.0, "seconds": 0.0}] * len(batch)
@@ -359,37 +472,25 @@ class _Run:
                 costs = costs_of(attack, time.perf_counter() - began, len(batch))
                 mask = mask_of(attack, x)  # after the attack, which may choose where its patch goes
                 check_promises(cell.attack, x, adversarial, mask, defended.segmenter)
-                made.append(adversarial)
-                masks.append(mask)
             else:
+                start = images.index(batch[0])
                 adversarial, mask = pasted.paste(x, slice(start, start + len(batch)))
             rows = self._records(cell, batch, names, x, y, adversarial, mask, aim, defended)
-            records += [replace(record, **cost) for record, cost in zip(rows, costs, strict=True)]
+            return _Batch([replace(row, **cost) for row, cost in zip(rows, costs, strict=True)], adversarial, mask)
+
+        batches = list(self.batch.over(images, work))
+        records = [record for batch in batches for record in batch.records]
         if not records:
             return [], None
         seconds = round(sum(record.seconds or 0.0 for record in records) / len(records), 3)
         records = [replace(record, seconds=seconds) for record in records]
+        made, masks = [batch.adversarial for batch in batches], [batch.mask for batch in batches]
         return records, None if pasted else Changes.of(made, masks)
-
-    def _leave_out(self, cell: Cell, images: Sequence[int], error: Exception) -> None:
-        seed = self.seeds[0] if cell.seed is None else cell.seed
-        left_out = LeftOut(reason(error), tuple(images), cell.model, cell.attack, cell.defence, cell.variant, seed)
-        self.results.left_out.append(left_out)
-        self.store.leave_out(cell, left_out)
-
-    def _note_unreadable(self, images: Sequence[int], records: Sequence[Record]) -> None:
-        """A frame is left out where a finished cell lacks it; one that was read earlier may be in all of them."""
-        held = {record.image for record in records}
-        for image in images:
-            if image not in held:
-                left_out = LeftOut(self.survey.unreadable[image], (image,))
-                if left_out not in self.results.left_out:
-                    self.results.left_out.append(left_out)
 
     def _records(
         self,
         cell: Cell,
-        images: list[int],
+        images: Sequence[int],
         names: list[str],
         x: NDArray[np.float32],
         y: NDArray[np.int64],
@@ -429,15 +530,38 @@ class _Run:
             for i, (image, name) in enumerate(zip(images, names, strict=True))
         ]
 
-    def _figures(self, model: str, attack: str, applied: list[_Defended], undefended: _Defended) -> None:
+    def _check_piece(self, model: str, defence: str) -> Piece:
+        """What the finished cells of a model under a defence are worth (``evaluation.checks``)."""
+        name = f"{file_name(model)}/{file_name(defence)}.checks"
+
+        def take_in(images: int | None) -> None:
+            batches = None
+            if images is not None:
+                batches = probed_batches(self.data, self._readable(self.indices), images, self.batch.size)
+            make = functools.partial(self._make_anew, seed=self.seeds[0], batch_size=self.batch.size)
+            checker = Checker(self.store, self.attacks, make, batches, self.region, self.seeds[0])
+            found = checker.model(model, [self._under(model, defence)], self._records_of(model))
+            self.verdicts[model, defence] = found
+
+        def look() -> bool:
+            if self.claims.marked(name):
+                take_in(None)  # another process has made them
+                return True
+            return False
+
+        def check() -> None:
+            self.tick(f"{model} · {defence} · checks", 0)
+            take_in(self.check_images)
+            self.claims.mark(name)
+
+        return Piece(name, look, check, functools.partial(self._is_done, model))
+
+    def _figures(self, model: str, attack: str, defences: Sequence[str]) -> None:
         """The image on which the undefended model is fooled most, and the median one, under every defence."""
-        if self.store.folder is None:
+        assert self.store.folder is not None
+        if any((model, defence, attack) in self.skipped for defence in defences):
             return
-        mine = [
-            r
-            for r in self.results.records
-            if (r.model, r.attack) == (model, attack) and r.image not in self.survey.unreadable
-        ]
+        mine = [r for r in self._records_of(model, attack) if r.image not in self.survey.unreadable]
         rows = rows_hash(mine)
         for which, record in chosen(r for r in mine if r.defence == NONE).items():
             kept = self.store.folder / "pictures" / file_name(model) / file_name(attack) / f"{which}.jsonl"
@@ -445,25 +569,23 @@ class _Run:
             picture = _kept(kept, rows)
             if picture is None:
                 path.unlink(missing_ok=True)  # it shows other rows, and a kill may come before it is drawn again
-                of_image = [r for r in mine if r.image == record.image]
-                picture = self._picture(record, which, of_image, applied, undefended)
+                picture = self._picture(record, which, [r for r in mine if r.image == record.image], defences)
                 picture.save(kept, rows)
             if not path.exists():
                 _draw(path, picture)
 
-    def _picture(
-        self, chosen: Record, which: str, of_image: list[Record], applied: list[_Defended], undefended: _Defended
-    ) -> Picture:
+    def _picture(self, chosen: Record, which: str, of_image: list[Record], defences: Sequence[str]) -> Picture:
         """What every defence makes of one image."""
-        made = self._make(chosen.attack, "plain", chosen.seed, undefended.segmenter)
+        undefended = self._under(chosen.model, NONE)
+        made = self._make(chosen.attack, "plain", chosen.seed, undefended.segmenter, self.batch.size)
         image = chosen.image
         x, y, _ = read_batch(self.data, [image])
         aim = target_map(made, y, [image])
         views = []
-        for defended in applied:
+        for defended in (self._under(chosen.model, defence) for defence in defences):
             mine = (r for r in of_image if (r.defence, r.seed) == (defended.name, chosen.seed))
             for record in worst(mine):  # none, where it was left out
-                adversarial, mask = self._patched(record, undefended, x)
+                adversarial, mask = self._patched(record, x)
                 views.append(
                     View(
                         defence=defended.name,
@@ -487,12 +609,12 @@ class _Run:
         )
 
     def _patched(
-        self, record: Record, undefended: _Defended, x: NDArray[np.float32]
+        self, record: Record, x: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
         place = self.indices.index(record.image)
         seed = None if record.seed == self.seeds[0] else record.seed
         cell = Cell(record.model, record.defence, record.attack, record.variant, place - place % CHUNK, seed)
-        return self.store.changes(self._origin(cell, undefended), [record.image]).paste(x)
+        return self.store.changes(self._origin(cell), [record.image]).paste(x)
 
     def _chunks(self) -> Iterator[tuple[int, list[int]]]:
         for start in range(0, len(self.indices), CHUNK):
@@ -500,6 +622,18 @@ class _Run:
 
     def _readable(self, images: Sequence[int]) -> list[int]:
         return [image for image in images if image not in self.survey.unreadable]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    records: list[Record]
+    adversarial: NDArray[np.float32]
+    mask: NDArray[np.bool_] | None
+
+
+def _of_attack(cell: Cell) -> str:
+    """Of an attack that does not apply to a defended model."""
+    return f"{file_name(cell.model)}/{file_name(cell.attack)}/{file_name(cell.defence)}.skipped"
 
 
 def _kept(path: Path, rows: str) -> Picture | None:

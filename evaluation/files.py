@@ -46,21 +46,27 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = f"make room for {path.parent}" if full else f"see that {path.parent} can be written to"
-        message = f"{path} could not be written ({error.strerror or error}); {remedy} and repeat the call, "
-        raise OSError(error.errno, f"{message}which goes on from what is finished") from error
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> OSError:
+    """What is raised where a file of a run could not be written; names it and says what to do."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = f"make room for {path.parent}" if full else f"see that {path.parent} can be written to"
+    message = f"{path} could not be written ({error.strerror or error}); {remedy} and repeat the call, "
+    return OSError(error.errno, f"{message}which goes on from what is finished")
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes of this machine left half-written; what another one may be writing stays."""
-    for path in folder.rglob("*.part"):
+    # os.walk passes over what another process removes meanwhile
+    for path in (Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
         found = _PART.search(path.name)
-        if found and found["host"] in (None, platform.node()) and not _alive(int(found["pid"])):
+        if found and found["host"] in (None, platform.node()) and not alive(int(found["pid"])):
             path.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
     """Whether another process has that number; where there is no asking (Windows), yes."""
     if pid == os.getpid():
         return False

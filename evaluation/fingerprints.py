@@ -34,8 +34,10 @@ def plain_value(value: Any) -> Any:
 
 
 def model_fingerprint(segmenter: PyTorchSegmenter) -> str:
-    """Class of the model, and a hash of its weights and of the preprocessing."""
+    """Class of the model, and a hash of its weights, of the preprocessing and of its precision, if that is reduced."""
     digest = hashlib.sha256(repr(segmenter.clip_values).encode())
+    if segmenter.amp is not None:
+        digest.update(segmenter.amp.encode())
     for step in segmenter.preprocessing_operations:
         digest.update(repr([type(step).__name__, *((name, getattr(step, name)) for name in step.params)]).encode())
     for name, value in segmenter.model.state_dict().items():

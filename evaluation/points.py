@@ -106,7 +106,7 @@ class Points:
                 _take_over(place / NONE, folder, name, function)
             results = evaluate(
                 {model[0]: model[1]}, {attack[0]: attack[1]}, {name: function}, self.data,
-                out=folder, verbose=False, **self.common, **options,
+                out=folder, verbose=False, checks=False, report=False, **self.common, **options,
             )  # fmt: skip
             if results.interrupted:
                 raise KeyboardInterrupt

@@ -40,13 +40,16 @@ AXES = {
 }
 
 
-def write_report(folder: Path, results: Results | None = None, out: Path | None = None) -> Path:
+def write_report(
+    folder: Path, results: Results | None = None, out: Path | None = None, *, with_page: bool = True
+) -> Path:
     """Write a run's ``rows.csv``, ``summary.csv``, ``summary.json`` and its page.
 
     Args:
         folder: Of the run.
         results: What it holds, if that is known already.
         out: Where the page goes; ``report.html`` in the folder, if not given.
+        with_page: Without, only the tables are written.
 
     Returns:
         Where the page is.
@@ -64,7 +67,8 @@ def write_report(folder: Path, results: Results | None = None, out: Path | None 
     results.to_json(folder / "summary.json")
     write_whole(folder / "rows.csv", results.rows.to_csv(index=False))
     out = folder / "report.html" if out is None else out
-    write_whole(out, page(results, [folder], resamples=RESAMPLES))
+    if with_page:
+        write_whole(out, page(results, [folder], resamples=RESAMPLES))
     return out
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 
 from evaluation import metrics, tables
 from evaluation.files import DamagedError, read_lines, write_whole
-from evaluation.keys import cell_key
+from evaluation.keys import PRECISION, cell_key
 from evaluation.metrics import Counts
 from evaluation.verdicts import Verdict, failed, read_verdicts
 
@@ -143,6 +143,11 @@ class LeftOut:
     defence: str | None = None
     variant: str | None = None
     seed: int | None = None
+
+    @classmethod
+    def of(cls, written: Mapping[str, Any]) -> LeftOut:
+        """From its fields as JSON has them."""
+        return cls(**{**written, "images": tuple(written["images"])})
 
     def __str__(self) -> str:
         many = len(self.images) > 3
@@ -430,7 +435,7 @@ class Results:
             if "skipped" in header:
                 skipped.append(Skipped(**header["skipped"]))
             elif "left_out" in header and not path.with_name(path.name.replace(".left_out", "")).exists():
-                left_out.append(LeftOut(**{**header["left_out"], "images": tuple(header["left_out"]["images"])}))
+                left_out.append(LeftOut.of(header["left_out"]))
             left_out += [LeftOut(reason, (int(image),)) for image, reason in header.get("unreadable", {}).items()]
             records += rows
         verdicts: list[Verdict] = []
@@ -479,7 +484,7 @@ class Results:
             raise ValueError("no run given; at least one")
         first = runs[0]
         for other in runs[1:]:
-            for key in ("data", "options", "seed", "region"):
+            for key in ("data", "options", "seed", "region", *PRECISION):
                 one, two = first.configuration.get(key), other.configuration.get(key)
                 if one != two:
                     raise ValueError(f"the runs differ in {key}, so their rows do not belong into one table")

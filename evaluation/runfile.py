@@ -76,6 +76,7 @@ class RunFile(BaseModel):
         patch_shape: as ``size``.
         patch_location: ``[top, left]``, ``TOPxLEFT``, a name, or a list of places, one for each image.
         device: ``cpu`` or ``gpu``; none: a GPU where there is one.
+        amp, compile: as ``evaluation.evaluate``.
         options: further options of the attacks, by name.
         plugins: modules or files that register attacks or defences.
     """
@@ -97,6 +98,8 @@ class RunFile(BaseModel):
     patch_location: Place | None = None
     max_iter: StrictInt | None = None
     device: Literal["cpu", "gpu"] | None = None
+    amp: Literal["bf16"] | None = None
+    compile: StrictBool = False
     options: dict[StrictStr, Any] = {}
     keep_going: StrictBool = False
     checks: StrictBool = True
@@ -171,7 +174,7 @@ class RunFile(BaseModel):
 
 _SAME = (
     "models", "attacks", "defences", "data", "images", "size", "batch_size", "seed", "region", "out", "keep_going",
-    "checks", "check_images", "patch_shape", "max_iter",
+    "checks", "check_images", "patch_shape", "max_iter", "amp", "compile",
 )  # fmt: skip
 
 

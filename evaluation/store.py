@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.changes import Changes
-from evaluation.files import DamagedError, checksum, remove_leftovers, write_lines, write_whole
+from evaluation.claims import FOLDER as CLAIMS
+from evaluation.claims import WORKERS
+from evaluation.files import DamagedError, checksum, read_lines, remove_leftovers, write_lines, write_whole
 from evaluation.fingerprints import versions_of
-from evaluation.keys import cell_key
+from evaluation.keys import PRECISION, cell_key
 from evaluation.results import LeftOut, Record, Skipped, read_configuration, read_rows
 from evaluation.survey import Survey
 from evaluation.verdicts import Verdict, read_verdicts, verdict_lines
@@ -56,6 +58,21 @@ class Store:
         self._configuration: Mapping[str, Any] = {}
         self._survey = Survey()
         self._changes: dict[Cell, tuple[list[int], Changes]] = {}
+        self._found_damaged: set[Path] = set()
+
+    def check_free(self) -> None:
+        """See that the folder holds a run, or nothing but what processes that are about to begin one have made.
+
+        Raises:
+            ValueError: It holds something else.
+        """
+        if self.folder is None or not self.folder.is_dir() or (self.folder / "config.json").exists():
+            return
+        for held in self.folder.iterdir():
+            if held.suffix != ".part" and not (held.name == CLAIMS and (held / WORKERS).is_dir()):
+                if (self.folder / "config.json").exists():  # another process was faster
+                    return
+                raise ValueError(f"{self.folder} is not empty and holds no run; choose another folder")
 
     def open(
         self,
@@ -84,8 +101,7 @@ class Store:
             remove_leftovers(self.folder)
         path = self.folder / "config.json"
         if not path.exists():
-            if self.folder.exists() and any(not held.name.endswith(".part") for held in self.folder.iterdir()):
-                raise ValueError(f"{self.folder} is not empty and holds no run; choose another folder")
+            self.check_free()
             packages = ("numpy", "torchvision", "adversarial-robustness-toolbox", "torchattacks", "kornia", "timm")
             extra = {**environment, **versions_of(*packages), "python": platform.python_version()}
             self._write_configuration({**configuration, "environment": extra})
@@ -103,7 +119,8 @@ class Store:
             fingerprint = given["data"]["fingerprint"] if completed else held["data"].get("fingerprint")
             held = {**held, "data": {**held["data"], "fingerprint": fingerprint}}
             given = {**given, "data": {**given["data"], "fingerprint": fingerprint}}
-        differing = [key for key in given if held.get(key) != given[key]]
+        keys = (*given, *(key for key in PRECISION if key not in given))
+        differing = [key for key in keys if held.get(key) != given.get(key)]
         if differing:
             raise ValueError(
                 f"{self.folder} holds another run: it differs in {', '.join(differing)}. "
@@ -137,7 +154,9 @@ class Store:
             header, records = read_rows(self.folder, path, len(self.classes))
             self._check_patches(cell, header.get("patches"))
         except DamagedError as error:
-            warnings.warn(f"{error.path} is damaged ({error.problem}); its cell is computed again", stacklevel=2)
+            if error.path not in self._found_damaged:  # it is looked at again before it is computed
+                self._found_damaged.add(error.path)
+                warnings.warn(f"{error.path} is damaged ({error.problem}); its cell is computed again", stacklevel=2)
             return None
         if "key" in header:
             self._check_owner(path, header, cell, images)
@@ -226,11 +245,17 @@ class Store:
     def skip(self, skipped: Skipped) -> None:
         """Note a defence or an attack that does not apply to a model."""
         if self.folder is not None:
-            named = [skipped.defence, *([skipped.attack] if skipped.attack else [])]
-            path = (
-                self.folder / "cells" / file_name(skipped.model) / f"{'--'.join(map(file_name, named))}.skipped.jsonl"
-            )
+            path = self._skipped_path(skipped.model, skipped.defence, skipped.attack)
             write_lines(path, {"skipped": vars(skipped)})
+
+    def skipped(self, model: str, defence: str, attack: str | None) -> Skipped:
+        """What ``skip`` noted."""
+        return Skipped(**read_lines(self._skipped_path(model, defence, attack))[0]["skipped"])
+
+    def _skipped_path(self, model: str, defence: str, attack: str | None) -> Path:
+        assert self.folder is not None
+        named = [defence, *([attack] if attack else [])]
+        return self.folder / "cells" / file_name(model) / f"{'--'.join(map(file_name, named))}.skipped.jsonl"
 
     def verdicts(self, about: Mapping[str, Any], basis: str | None) -> list[Verdict] | None:
         """The verdicts that are held on something; ``None`` if there are none, or damaged ones.
@@ -273,6 +298,16 @@ class Store:
             path = self._path("cells", cell, _LEFT_OUT)
             key = cell_key(self._configuration, vars(cell))
             write_lines(path, {"cell": vars(cell), "key": key, "left_out": vars(left_out)})
+
+    def left_out(self, cell: Cell) -> LeftOut:
+        """What ``leave_out`` noted."""
+        return LeftOut.of(read_lines(self._path("cells", cell, _LEFT_OUT))[0]["left_out"])
+
+    def note(self, environment: Mapping[str, Any]) -> None:
+        """Add to what is only noted of the run; one process at a time."""
+        if self.folder is not None:
+            held = read_configuration(self.folder)
+            self._write_configuration({**held, "environment": {**held.get("environment", {}), **environment}})
 
 
 def file_name(name: str) -> str:

@@ -1,4 +1,9 @@
-"""Training of the zoo: one small recipe file in, half-precision weights and a card with their scores out."""
+"""Training of the zoo: one small recipe file in, half-precision weights and a card with their scores out.
+
+Several processes (torchrun, `srun`) share each batch: its gradient is that of the whole batch, all-reduced by
+`DistributedDataParallel`. Batch norm sees the whole batch on GPUs (`SyncBatchNorm`) and each process's share of it on
+CPUs, and dropout draws otherwise in each process; a network without both trains as in one process, up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,7 @@ from evaluation.frames import IGNORE_INDEX, SegmentationData
 from evaluation.metrics import confusion, counted_pixels, mean_iou, merge, pixel_accuracy
 from evaluation.networks import build_network
 from ramdefense.outputs import logits_of
+from ramdefense.processes import Launch, group, rank, share, total, world
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +105,10 @@ class _Augment:
         return torch.rand(count, generator=self.generator) * (high - low) + low
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.part(images, labels, slice(None))
+
+    def part(self, images: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Some rows of the batch, drawn as all of it is."""
         count = images.shape[0]
         zoom = self._uniform(count, *self.scale)
         flip = torch.where(torch.rand(count, generator=self.generator) < 0.5, -1.0, 1.0)
@@ -107,15 +117,17 @@ class _Augment:
         theta[:, 0, 0], theta[:, 1, 1] = flip / zoom, 1 / zoom
         theta[:, 0, 2] = self._uniform(count, -1, 1) * slack
         theta[:, 1, 2] = self._uniform(count, -1, 1) * slack
-        grid = F.affine_grid(theta, [count, 3, *self.size], align_corners=False)
+        shape = (count, 1, 1, 1)
+        contrast = self._uniform(count, 0.7, 1.3).view(shape)[rows]
+        brightness = self._uniform(count, -0.15, 0.15).view(shape)[rows]
+        tint = self._uniform(count * 3, -0.05, 0.05).view(count, 3, 1, 1)[rows]
+
+        theta, images, labels = theta[rows], images[rows], labels[rows]
+        grid = F.affine_grid(theta, [len(theta), 3, *self.size], align_corners=False)
         image = F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
         outside = (grid.abs() > 1).any(dim=-1)
         label = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
         label = label[:, 0].round().long().masked_fill(outside, IGNORE_INDEX)
-        shape = (count, 1, 1, 1)
-        contrast = self._uniform(count, 0.7, 1.3).view(shape)
-        brightness = self._uniform(count, -0.15, 0.15).view(shape)
-        tint = self._uniform(count * 3, -0.05, 0.05).view(count, 3, 1, 1)
         mean = image.mean(dim=(1, 2, 3), keepdim=True)
         return ((image - mean) * contrast + mean + brightness + tint).clamp_(0, 1), label
 
@@ -126,16 +138,25 @@ def _normalise(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(model: nn.Module, data: SegmentationData, *, batch_size: int = 16) -> dict[str, float]:
-    """mIoU and pixel accuracy (both 0–1) of a network over a data set, from summed confusion counts."""
+    """mIoU and pixel accuracy (both 0–1) of a network over a data set, from summed confusion counts.
+
+    In a process group each process looks at its share of the batches, and all have the scores.
+    """
     model.eval()
-    counts = []
-    for start in range(0, len(data), batch_size):
+    device = _device_of(model)
+    counts = [np.zeros((1, len(data.classes), len(data.classes)), dtype=np.int64)]
+    for start in share(range(0, len(data), batch_size)):
         images, labels, _ = stack(data, range(start, min(start + batch_size, len(data))))
-        prediction = logits_of(model(_normalise(images)), (labels.shape[-2], labels.shape[-1])).argmax(dim=1)
+        size = (labels.shape[-2], labels.shape[-1])
+        prediction = logits_of(model(_normalise(images).to(device)), size).argmax(dim=1).cpu()
         counted = counted_pixels(labels, ignore_index=IGNORE_INDEX)
         counts.append(confusion(labels, prediction, counted, nb_classes=len(data.classes)))
-    total = merge(np.concatenate(counts))
-    return {"miou": mean_iou(total), "pixel_accuracy": pixel_accuracy(total)}
+    summed = total(torch.from_numpy(merge(np.concatenate(counts))).to(device)).cpu().numpy()
+    return {"miou": mean_iou(summed), "pixel_accuracy": pixel_accuracy(summed)}
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 class _InMemory:
@@ -157,18 +178,44 @@ def train(
     *,
     data: str = "",
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    device_type: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Trains a zoo network from scratch.
+    """Trains a zoo network from scratch; several processes that were started together do it together.
 
     Args:
-        recipe: what to do.
+        recipe: what to do; its ``batch_size`` is that of all processes together.
         data: folder that ``{data}`` in the recipe's data names stands for.
         progress: called as ``progress(step, steps, figures)`` after every step; ``figures`` holds the loss, and the
             validation scores where they were just taken.
+        device_type: ``"cpu"`` or ``"gpu"``; ``None``: a GPU where there is one.
 
     Returns:
-        The network in half-precision-rounded float32, and its card: recipe, scores, parameters, versions, seconds.
+        The network in half-precision-rounded float32, on the CPU, and its card: recipe, scores, parameters, versions,
+        seconds; the same in every process, but for the seconds.
+
+    Raises:
+        ValueError: fewer frames in a batch than processes.
     """
+    launch = Launch.of()
+    if recipe.batch_size < launch.world:
+        raise ValueError(
+            f"batch_size={recipe.batch_size} for {launch.world} processes: at least a frame for each; take fewer "
+            "processes, or a larger batch_size in the recipe"
+        )
+    gpu = device_type != "cpu" and torch.cuda.is_available()
+    with group(launch, "gpu" if gpu else "cpu"):
+        return _train(recipe, data, progress, torch.device("cuda", torch.cuda.current_device()) if gpu else _CPU)
+
+
+_CPU = torch.device("cpu")
+
+
+def _train(
+    recipe: Recipe,
+    data: str,
+    progress: Callable[[int, int, dict[str, float]], None] | None,
+    device: torch.device,
+) -> tuple[nn.Module, dict[str, Any]]:
     train_set, val_set, test_set = (
         load_data(name.format(data=data), size=size)
         for name, size in (
@@ -189,10 +236,15 @@ def train(
 
     with torch.random.fork_rng(devices=[]):  # initial weights and dropout draw from the global generator
         torch.manual_seed(recipe.seed)
-        model = build_network(recipe.architecture, nb_classes)
+        model = build_network(recipe.architecture, nb_classes).to(device)
+        averaged = copy.deepcopy(model)
+        step_model = model
+        if world() > 1:
+            model, step_model = _shared(model)
+            torch.manual_seed(recipe.seed + rank())  # dropout differs between the shares of a batch
         optimizer = torch.optim.AdamW(_decay_groups(model, recipe.weight_decay), lr=recipe.lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps, pct_start=0.1)
-        averaged = copy.deepcopy(model)
+        weight = weight.to(device)
         best: tuple[float, dict[str, Tensor]] = (-1.0, {})
         started = time.perf_counter()
         order = torch.empty(0, dtype=torch.long)
@@ -200,17 +252,18 @@ def train(
             if len(order) < recipe.batch_size:
                 order = torch.cat([order, torch.randperm(len(images), generator=generator)])
             chosen, order = order[: recipe.batch_size], order[recipe.batch_size :]
-            x, y = augment(images[chosen], labels[chosen])
+            x, y = augment.part(images[chosen], labels[chosen], slice(rank(), None, world()))
             model.train()
-            logits = logits_of(model(_normalise(x)), recipe.size)
-            loss = F.cross_entropy(logits, y, weight=weight, ignore_index=IGNORE_INDEX)
+            logits = logits_of(step_model(_normalise(x).to(device)), recipe.size)
+            loss = _loss(logits, y.to(device), weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+            _average_statistics(model)
             _average(averaged, model, min(recipe.average, (1 + step) / (10 + step)))
-            figures = {"loss": float(loss.detach())}
+            figures = {"loss": float(total(loss.detach())) / world()}
             if step % recipe.every == 0 or step == recipe.steps:
                 scores = score(averaged, val_set)
                 figures |= {f"val_{name}": value for name, value in scores.items()}
@@ -220,8 +273,8 @@ def train(
                 progress(step, recipe.steps, figures)
 
     # what ships is half precision, so what is scored is what ships
-    model.load_state_dict({k: v.half().to(v.dtype) if v.is_floating_point() else v for k, v in best[1].items()})
-    model.eval()
+    averaged.load_state_dict({k: v.half().to(v.dtype) if v.is_floating_point() else v for k, v in best[1].items()})
+    model = averaged.eval()
     card = {
         "recipe": dataclasses.asdict(recipe),
         "classes": list(train_set.classes),
@@ -234,7 +287,37 @@ def train(
         "seconds": round(time.perf_counter() - started),
         "torch": torch.__version__,
     }
-    return model, card
+    return model.cpu(), card
+
+
+def _shared(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The network as it is trained by several processes, and the same wrapped so that gradients are means over them."""
+    device = _device_of(model)
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # without its broadcast of buffers: the first process's statistics would be everyone's (`_average_statistics`)
+    return model, nn.parallel.DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+    )
+
+
+def _loss(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy, the weighted mean over the pixels of the whole batch; in one of several processes, such that the
+    mean over the processes is it."""
+    if world() == 1:
+        return F.cross_entropy(logits, y, weight=weight, ignore_index=IGNORE_INDEX)
+    counted = y[y != IGNORE_INDEX]
+    summed = F.cross_entropy(logits, y, weight=weight, ignore_index=IGNORE_INDEX, reduction="sum")
+    return summed * world() / total(weight[counted].sum())
+
+
+@torch.no_grad()
+def _average_statistics(model: nn.Module) -> None:
+    """Running statistics of batch norm: the mean of what the processes have, each from its share of the batch."""
+    if world() > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(total(buffer) / world())
 
 
 def _decay_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:

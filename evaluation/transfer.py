@@ -30,10 +30,12 @@ from evaluation.files import write_whole
 from evaluation.fingerprints import data_fingerprint, identity
 from evaluation.frames import Frame, SegmentationData
 from evaluation.given import AttackFactory, chosen_images, named_attacks, named_segmenters
+from evaluation.launched import launched
 from evaluation.metrics import Region
 from evaluation.results import Results, Skipped
 from evaluation.store import NONE, Cell, Store
 from evaluation.tables import percent
+from ramdefense.processes import group
 from ramdefense.segmenter import PyTorchSegmenter
 
 if TYPE_CHECKING:
@@ -121,6 +123,7 @@ def transfer(
         ValueError: as ``evaluate``, several attacks, or ensembles of fewer than three models.
         FileNotFoundError: files that are not there.
     """
+    launched(out, device_type)
     name, factory = _one(attack)
     frames = load_data(data, size=size) if isinstance(data, str) else data
     indices = chosen_images(images, len(frames))
@@ -135,6 +138,7 @@ def transfer(
     common: dict[str, Any] = {
         "images": images, "size": size, "batch_size": batch_size, "seed": seed, "region": region, "verbose": verbose,
         "checks": False,  # of a defence there is none here
+        "report": False,
     }  # fmt: skip
     with nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as folder:
         made = evaluate(sources, {name: factory}, NONE, data, out=Path(folder) / "made", **common, **options)
@@ -269,6 +273,8 @@ def universal(
 ) -> Universal:
     """Make one patch for all frames of a data set, and test it on others, beside a random and a mid-grey patch.
 
+    Several processes (torchrun, `srun`) share each mini-batch of the fit, and the cells of the test.
+
     Args:
         model: a name, or a segmenter.
         train: data that the patch is made on.
@@ -286,6 +292,7 @@ def universal(
         ValueError: as ``evaluate``, an attack that makes no patch, or frames that are in both sets.
         FileNotFoundError: files that are not there.
     """
+    launch = launched(out, device_type)
     name, factory = _one(attack)
     seen, unseen = (load_data(data, size=size) if isinstance(data, str) else data for data in (train, test))
     numbers, test_numbers = chosen_images(images, len(seen)), chosen_images(test_images, len(unseen))
@@ -301,9 +308,10 @@ def universal(
         raise ValueError(f"attack {name!r}: {error}") from error
     _check_apart(seen, numbers, unseen, test_numbers)
     folder = None if out is None else Path(out)
-    fitted.fit(_Subset(seen, numbers), epochs=epochs, resume=None if folder is None else folder / "fit.safetensors")
+    with group(launch, "cpu" if segmenter.device.type == "cpu" else "gpu"):
+        fitted.fit(_Subset(seen, numbers), epochs=epochs, resume=None if folder is None else folder / "fit.safetensors")
     assert fitted.patch is not None
-    if folder is not None:
+    if folder is not None and launch.rank == 0:
         fitted.patch.save(folder / "patch.safetensors")
     replays = {
         kind: Replay(_everywhere(patch), original, f"{kind} patch, {identity(factory)}, {_digest(patch)}")
@@ -311,7 +319,7 @@ def universal(
     }
     results = evaluate(
         {label: segmenter}, replays, NONE, test, images=test_images, size=size, batch_size=batch_size, seed=seed,
-        region=region, verbose=verbose, checks=False, out=None if folder is None else folder / "tested",
+        region=region, verbose=verbose, checks=False, report=False, out=None if folder is None else folder / "tested",
     )  # fmt: skip
     return Universal(fitted, results)
 

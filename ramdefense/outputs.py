@@ -13,7 +13,7 @@ from torch import Tensor
 _FLOOR = 1e-6  # keeps the logarithm of a class that no query claims finite, and its gradient non-zero
 
 
-def logits_of(output: Any, size: tuple[int, int] | None = None) -> Tensor:
+def logits_of(output: Any, size: tuple[int, int] | None = None, *, widen: bool = False) -> Tensor:
     """Class logits from whatever a segmentation model returned.
 
     Understood are a tensor; a mapping with `out` (torchvision) or `logits`; an object with `.logits` (transformers);
@@ -25,6 +25,7 @@ def logits_of(output: Any, size: tuple[int, int] | None = None) -> Tensor:
     Args:
         output: the model's return value.
         size: (H, W) to which the logits are resized, bilinear with `align_corners=False`; None keeps their own size.
+        widen: make the logits float32 before anything is done with them; else they keep their number type.
 
     Shape:
         returns (N, C, H, W)
@@ -35,6 +36,8 @@ def logits_of(output: Any, size: tuple[int, int] | None = None) -> Tensor:
     """
     classes, masks = _field(output, "class_queries_logits"), _field(output, "masks_queries_logits")
     if isinstance(classes, Tensor) and isinstance(masks, Tensor):
+        if widen:
+            classes, masks = classes.float(), masks.float()
         scores = torch.einsum("nqc,nqhw->nchw", classes.softmax(-1)[..., :-1], masks.sigmoid())
         return torch.log(_resized(scores, size) + _FLOOR)
     for candidate in (output, _field(output, "out"), _field(output, "logits")):
@@ -44,7 +47,7 @@ def logits_of(output: Any, size: tuple[int, int] | None = None) -> Tensor:
                     f"The model returned logits of shape {tuple(candidate.shape)}; a segmenter needs (N, C, H, W). "
                     "Give `output_fn`, a function from what the model returns to such a tensor."
                 )
-            return _resized(candidate, size)
+            return _resized(candidate.float() if widen else candidate, size)
     raise TypeError(
         f"The model returned {_described(output)}, in which no logits (N, C, H, W) were found. "
         "Give `output_fn`, a function from what the model returns to such a tensor."

@@ -72,6 +72,9 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
         ignore_index: label of void pixels.
         output_fn: from what the model returns to logits (N, nb_classes, h, w), in place of `outputs.logits_of`.
         device_type: "cpu" or "gpu"; as everywhere in ART, "gpu" means the CPU where there is no CUDA.
+        amp: "bf16" runs the model, and nothing else, under `torch.autocast` in bfloat16: products and convolutions in
+            8 bits of precision, logits and gradients of images in float32 at both ends. Predictions are no longer those
+            of float32. None: as the weights are.
 
     Raises:
         TypeError: `model` is no `nn.Module`, or `loss` or `output_fn` cannot be called.
@@ -85,6 +88,7 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
         "input_shape",
         "optimizer",
         "output_fn",
+        "amp",
     ]
 
     _device: torch.device
@@ -107,6 +111,7 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
         ignore_index: int = 255,
         output_fn: Callable[[Any], Tensor] | None = None,
         device_type: str = "cpu",
+        amp: str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
@@ -126,6 +131,7 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
         self._optimizer = optimizer
         self._ignore_index = ignore_index
         self._output_fn = output_fn
+        self._amp = amp
         self._own_draws = 0
         self._check_params()
         self._model.to(self._device)
@@ -176,6 +182,11 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
     def output_fn(self) -> Callable[[Any], Tensor] | None:
         """The user's way from what the model returns to logits; None for `outputs.logits_of`."""
         return self._output_fn
+
+    @property
+    def amp(self) -> str | None:
+        """The precision under which the model runs; None for that of its weights."""
+        return self._amp
 
     @property
     def layer_names(self) -> list[str]:
@@ -518,6 +529,8 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
             raise ValueError(f"ignore_index is {self._ignore_index!r}; give an integer, 255 by custom.")
         if not self._channels_first:
             raise ValueError("channels_first is False; images are (N, C, H, W): permute them and leave it True.")
+        if self._amp not in (None, "bf16"):
+            raise ValueError(f'amp is {self._amp!r}; give "bf16" or None.')
         if self._device_type not in ("cpu", "gpu"):
             raise ValueError(f'device_type is {self._device_type!r}; give "cpu" or "gpu".')
         for name, function in (("loss", self._loss), ("output_fn", self._output_fn)):
@@ -553,7 +566,7 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
             f"input_shape={self.input_shape}, loss={self.loss}, clip_values={self.clip_values}, "
             f"preprocessing={self.preprocessing}, preprocessing_defences={self.preprocessing_defences}, "
             f"postprocessing_defences={self.postprocessing_defences}, ignore_index={self.ignore_index}, "
-            f"device={self.device})"
+            f"device={self.device}{f', amp={self.amp!r}' if self.amp else ''})"
         )
 
     # ------------------------------------------------------------------------------------------------ inside
@@ -568,20 +581,24 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
         weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
         images = images.to(self.device, torch.float32 if weight is None else weight.dtype)
         inputs, labels = self._apply_preprocessing(images, labels, fit=fit, no_grad=False)
-        with self._conditions_for_versions(len(images), len(inputs)):
+        with self._conditions_for_versions(len(images), len(inputs)), self._precision():
             if frozen:
                 weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
                 output = torch.func.functional_call(self.model, weights, (inputs,))
             else:
                 output = self.model(inputs)
         size = (int(images.shape[-2]), int(images.shape[-1]))
-        logits = logits_of(output if self._output_fn is None else self._output_fn(output), size)
+        output = output if self._output_fn is None else self._output_fn(output)
+        logits = logits_of(output, size, widen=self._amp is not None)
         if logits.shape[:2] != (len(inputs), self.nb_classes):
             raise ValueError(
                 f"The model returned logits of shape {tuple(logits.shape)} for {len(inputs)} images; "
                 f"nb_classes={self.nb_classes} asks for ({len(inputs)}, {self.nb_classes}, H, W)."
             )
         return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits), labels
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._amp is None else torch.autocast(self.device.type, torch.bfloat16)
 
     def _apply_preprocessing(self, x: Any, y: Any, fit: bool = False, no_grad: bool = True) -> tuple[Any, Any]:
         """ART's method, for any chain of preprocessors and differentiable for all of them.

@@ -104,7 +104,7 @@ def test_the_file_is_there_when_the_work_begins(here: Path, monkeypatch: pytest.
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment._Run, "model", stop)
+    monkeypatch.setattr(experiment._Run, "pieces", stop)
     assert call(*COMMAND, "--out", "run").exit_code == 130
     assert RunFile.read("run/run.yaml").attacks == ["white-square", "margin"]
 
