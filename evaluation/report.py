@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from evaluation import findings, statistics
+from evaluation import lead, statistics
 from evaluation.cell_pictures import CellPicture, Sprites, cell_picture
 from evaluation.cell_table import COLUMNS, FIGURES, P_VALUE, CellRow, cell_rows
 from evaluation.charts import DASHES, MARKERS, RING, Chart, Datum, Look, line_chart, scatter
@@ -81,7 +81,7 @@ def write_joined_report(folders: Sequence[Path], out: Path) -> Path:
     runs = [Results.load(folder) for folder in folders]
     for run, folder in zip(runs, folders, strict=True):
         _check_rows(run, folder)
-    lacking = [name for run in runs for name in findings.unfinished(run)]
+    lacking = [name for run in runs for name in lead.unfinished(run)]
     write_whole(out, page(Results.joined(runs).ordered(), folders, lacking=lacking, resamples=RESAMPLES))
     return out
 
@@ -106,10 +106,10 @@ def page(
     sprites = Sprites()
     shown = _pictures(cells, folders, sprites, str(results.configuration.get("region", "outside")))
     context = {
-        "title": findings.title(results),
-        "lead": findings.lead(results),
+        "title": lead.title(results),
+        "lead": lead.lead(results),
         "findings": results.sentences(),
-        "missing": findings.missing(results, findings.unfinished(results) if lacking is None else lacking),
+        "missing": lead.missing(results, lead.unfinished(results) if lacking is None else lacking),
         "unreliable": [cell for cell in cells if cell.failed],
         "cells": cells,
         "heat": heat_map(cells),

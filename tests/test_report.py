@@ -27,7 +27,7 @@ from evaluation.cell_pictures import Sprites, cell_picture, outline
 from evaluation.charts import Datum, Look, line_chart, nice_ticks, scatter
 from evaluation.cli import app
 from evaluation.files import DamagedError
-from evaluation.findings import unfinished
+from evaluation.lead import unfinished
 from evaluation.palette import paint
 from evaluation.pictures import LONGEST, Picture, View, chosen, decoded, png
 from evaluation.results import Results
