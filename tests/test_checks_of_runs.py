@@ -16,10 +16,11 @@ from tiny import NB_CLASSES, SHAPE, coloured_shapes, files
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from evaluation import checks, experiment
-from evaluation.checks import CHECKS, Finding
+from evaluation import checks, experiment, findings
+from evaluation.checks import CHECKS
 from evaluation.cli import app
 from evaluation.experiment import evaluate
+from evaluation.findings import Finding
 from evaluation.frames import Frame
 from evaluation.probes import Batch, Trial, doubled
 from evaluation.results import Record, Results
@@ -281,13 +282,13 @@ def test_a_check_whose_attack_raises_costs_the_check_alone() -> None:
 
 
 def test_zero_gradients_counts_exact_zeros_and_anything_not_finite() -> None:
-    assert checks.zero_gradients(np.array([0.0, 1e-30, 0.0, 1.0])).passed is True
-    assert checks.zero_gradients(np.array([0.0, 0.0, 0.0, 1.0])) == Finding(
+    assert findings.zero_gradients(np.array([0.0, 1e-30, 0.0, 1.0])).passed is True
+    assert findings.zero_gradients(np.array([0.0, 0.0, 0.0, 1.0])) == Finding(
         False, "75.0 % of the gradient entries are exactly zero"
     )
-    assert checks.zero_gradients(np.array([np.nan, 1.0])).passed is False
-    assert checks.zero_gradients(np.array([np.inf, 1.0])).passed is False
-    assert checks.zero_gradients(np.array([])).passed is None
+    assert findings.zero_gradients(np.array([np.nan, 1.0])).passed is False
+    assert findings.zero_gradients(np.array([np.inf, 1.0])).passed is False
+    assert findings.zero_gradients(np.array([])).passed is None
 
 
 @pytest.mark.parametrize(
@@ -298,14 +299,14 @@ def test_zero_gradients_counts_exact_zeros_and_anything_not_finite() -> None:
 def test_more_may_lose_five_points_or_half_and_two_points_always(
     less: float, more: float, passed: bool | None
 ) -> None:
-    assert checks.more_helps(less, more, "1 step", "2 steps").passed is passed
+    assert findings.more_helps(less, more, "1 step", "2 steps").passed is passed
 
 
 def test_noise_is_held_against_the_gain_of_the_attack_not_its_success() -> None:
-    assert checks.random_patch(0.10, 0.30, 0.31).passed is False, "95 % of the gain"
-    assert checks.random_patch(0.10, 0.20, 0.31).passed is True, "48 % of it"
-    assert checks.random_patch(0.30, 0.31, 0.60).passed is True, "noise does nothing, though much is wrong anyway"
-    assert checks.random_patch(0.30, 0.31, 0.31).passed is None, "neither does anything"
+    assert findings.random_patch(0.10, 0.30, 0.31).passed is False, "95 % of the gain"
+    assert findings.random_patch(0.10, 0.20, 0.31).passed is True, "48 % of it"
+    assert findings.random_patch(0.30, 0.31, 0.60).passed is True, "noise does nothing, though much is wrong anyway"
+    assert findings.random_patch(0.30, 0.31, 0.31).passed is None, "neither does anything"
 
 
 def record(image: int, variant: str, won: int) -> Record:
@@ -317,27 +318,27 @@ def test_a_white_box_is_beaten_only_beyond_chance() -> None:
     white = [record(i, "plain", 20) for i in range(6)]
     lucky = [record(i, "transfer", 95 if i == 0 else 15) for i in range(6)]
     better = [record(i, "transfer", 40 + i) for i in range(6)]
-    assert checks.white_box(white, {"transfer": better}).passed is False
-    assert checks.white_box(white, {"transfer": lucky}).passed is True, "one image of six: +7.5 points, by chance"
-    assert checks.white_box(white[:3], {"transfer": better}).passed is False, "few images: on all of them"
-    assert checks.white_box(white[:3], {"transfer": lucky}).passed is True
-    assert checks.white_box(white, {"transfer": []}).passed is None
+    assert findings.white_box(white, {"transfer": better}).passed is False
+    assert findings.white_box(white, {"transfer": lucky}).passed is True, "one image of six: +7.5 points, by chance"
+    assert findings.white_box(white[:3], {"transfer": better}).passed is False, "few images: on all of them"
+    assert findings.white_box(white[:3], {"transfer": lucky}).passed is True
+    assert findings.white_box(white, {"transfer": []}).passed is None
     both = [*white, *(record(i, "adaptive", 60) for i in range(6))]
-    assert checks.white_box(both, {"transfer": better}).passed is True, "the best variant of each image"
+    assert findings.white_box(both, {"transfer": better}).passed is True, "the best variant of each image"
 
 
 def test_a_collapsed_prediction_is_one_that_the_labels_and_the_model_do_not_share() -> None:
     good = np.array([[60, 2, 2], [1, 20, 1], [1, 1, 12]])
     flat = np.array([[64, 0, 0], [22, 0, 0], [14, 0, 0]])
     lost = np.array([[62, 2, 0], [2, 20, 0], [7, 7, 0]])
-    assert checks.collapsed_prediction(good, good).passed is True
-    assert checks.collapsed_prediction(flat, good).passed is False
-    assert checks.collapsed_prediction(flat, None).passed is False, "the model alone"
-    assert checks.collapsed_prediction(lost, good).passed is True, "two of three classes, and 0.6 of the mIoU"
+    assert findings.collapsed_prediction(good, good).passed is True
+    assert findings.collapsed_prediction(flat, good).passed is False
+    assert findings.collapsed_prediction(flat, None).passed is False, "the model alone"
+    assert findings.collapsed_prediction(lost, good).passed is True, "two of three classes, and 0.6 of the mIoU"
     half = np.array([[50, 0], [0, 50]])
-    assert checks.collapsed_prediction(np.array([[30, 20], [25, 25]]), half).passed is False, "0.38 of the mIoU"
-    assert checks.collapsed_prediction(np.array([[40, 10], [10, 40]]), half).passed is True
-    assert checks.collapsed_prediction(np.array([[100, 0], [0, 0]]), None).passed is True, "all labels are that class"
+    assert findings.collapsed_prediction(np.array([[30, 20], [25, 25]]), half).passed is False, "0.38 of the mIoU"
+    assert findings.collapsed_prediction(np.array([[40, 10], [10, 40]]), half).passed is True
+    assert findings.collapsed_prediction(np.array([[100, 0], [0, 0]]), None).passed is True, "all labels are that class"
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_evaluate_with_a_plugin_writes_a_run_and_resumes_it() -> None:
     assert json.loads(Path("run/config.json").read_text())["options"] == {"patch_shape": [5, 6]}
     before = {p: p.stat().st_mtime_ns for p in Path("run/cells").rglob("*.jsonl")}
     assert first.output.startswith(call("table", "run").output)
-    assert call("table", "run", "--markdown").output.count("same-again") == 1
+    assert call("table", "run", "--markdown").output.count("| same-again") == 1
     assert "95%" in call("intervals", "run", "--resamples", "50", "--out", "sure").output
     assert {path.name for path in Path("sure").iterdir()} == {"intervals.csv", "differences.csv"}
     again = call(*EVALUATE, "--out", "run", "--images", "2", "--patch-size", "5x6")
