@@ -9,6 +9,8 @@ same, and its files must be written whole.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
 import secrets
@@ -46,7 +48,7 @@ class Claims:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = None if folder is None else folder / FOLDER
-        self.worker = f"{platform.node()}.{os.getpid()}.{secrets.token_hex(4)}"
+        self.worker = f"{machine()}.{os.getpid()}.{secrets.token_hex(4)}"
         self._state = _AT_WORK
         self._marked: set[str] = set()
         self._ended = threading.Event()
@@ -156,7 +158,7 @@ class Claims:
         if worker == self.worker:
             return True
         host, _, process = worker.rpartition(".")[0].rpartition(".")
-        if host == platform.node() and process.isdigit() and not alive(int(process)):
+        if host == machine() and process.isdigit() and not alive(int(process)):
             return False
         try:
             return self._now() - (self._file(worker) if worker else path).stat().st_mtime < SILENCE
@@ -226,6 +228,15 @@ class Claims:
         for folder, _, _ in os.walk(self.folder, topdown=False):
             with suppress(OSError):  # another one is at work in it
                 os.rmdir(folder)
+
+
+@functools.cache
+def machine() -> str:
+    """Where process numbers mean the same as here: machines and containers may share a name, and reboot."""
+    parts = []
+    with suppress(OSError):  # there where Linux is
+        parts = [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return f"{platform.node()}-{hashlib.sha256(''.join(parts).encode()).hexdigest()[:8]}"
 
 
 def _read(path: Path) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from evaluation import claims as module
-from evaluation.claims import Claims
+from evaluation.claims import Claims, machine
 from evaluation.walk import Piece, once, settled, walk
 
 
@@ -44,7 +44,7 @@ def dead_process() -> int:
     return int(process.pid)
 
 
-LIVING = f"{platform.node()}.{os.getppid()}.0"
+LIVING = f"{machine()}.{os.getppid()}.0"
 
 
 def test_a_piece_is_one_processs_until_it_gives_it_back(tmp_path: Path) -> None:
@@ -70,10 +70,11 @@ def test_a_piece_is_one_processs_until_it_gives_it_back(tmp_path: Path) -> None:
         ("elsewhere.77.0", module.SILENCE + 5, True),
         ("elsewhere.77.0", None, True),  # it ended without giving back
         ("node.with.dots.77.0", 0, False),
+        (f"{platform.node()}.DEAD.0", 0, False),  # another machine, or container, of this name
         (LIVING, 0, False),
         (LIVING, module.SILENCE + 5, True),  # it hangs, or its number is another process's
-        (f"{platform.node()}.DEAD.0", 0, True),
-        (f"{platform.node()}.{os.getpid()}.0", 0, True),  # this process's number, from before
+        (f"{machine()}.DEAD.0", 0, True),
+        (f"{machine()}.{os.getpid()}.0", 0, True),  # this process's number, from before
         ("scribble", 0, False),
         ("scribble", None, True),
     ],
@@ -173,8 +174,8 @@ def test_a_mark_is_good_as_long_as_who_made_it_is_there(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_the_last_and_of_the_dead(tmp_path: Path) -> None:
-    claim(tmp_path, "m/a", f"{platform.node()}.{dead_process()}.0")
-    sign_of_life(tmp_path, f"{platform.node()}.{dead_process()}.0")
+    claim(tmp_path, "m/a", f"{machine()}.{dead_process()}.0")
+    sign_of_life(tmp_path, f"{machine()}.{dead_process()}.0")
     with Claims(tmp_path) as mine:
         mine.take("m/b")
         mine.mark("m/c")

@@ -52,7 +52,7 @@ def segmenter(model: nn.Module, **options: Any) -> PyTorchSegmenter:
 
 
 def run(model: nn.Module, out: Path | None = None, **change: Any) -> Results:
-    given = {"attacks": "permute", "defences": ("none", "ram"), "max_iter": 2, "patch_shape": (5, 6), "verbose": False}
+    given = {"attacks": "permute", "defences": ("none", "ram"), "max_iter": 2, "patch_shape": (5, 6), "verbose": False, "checks": False}
     return evaluate({"m": segmenter(model)}, data=Frames(), out=out, **{**given, **change})
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from attacks import EOT, FixedClass
 from attacks.universal import UniversalPatchAttack
-from evaluation import training
+from evaluation import claims, experiment, training
+from evaluation.frames import Frame
 from evaluation.training import Recipe, train
+from evaluation.transfer import universal
 from ramdefense.processes import Launch, from_first, group, rank, share, total, world
 from ramdefense.segmenter import PyTorchSegmenter
 
@@ -200,6 +202,44 @@ def test_a_fit_goes_on_in_several_processes(tmp_path: Path) -> None:
         together(2, lambda: fitted(tmp_path / "fit.safetensors", max_iter=13))
 
 
+class Scenes:
+    """Frames of their own, by seed."""
+
+    classes = tuple("abcd")
+    colors = ((0, 0, 0),) * 4
+
+    def __init__(self, seed: int) -> None:
+        self.images, self.labels = random_images(seed=seed), random_labels(seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Frame:
+        return Frame(self.images[index], self.labels[index], f"{index}")
+
+
+def made_and_tested(out: Path) -> tuple[Any, ...]:
+    model = PyTorchSegmenter(linear_cnn(), NB_CLASSES, SHAPE)
+    found = universal(
+        model, Scenes(0), Scenes(1), batch_size=4, out=out, max_iter=8, patch_shape=(5, 6), optimizer="adam",
+        eps_step=0.05, verbose=False,
+    )  # fmt: skip
+    assert found.attack.patch is not None
+    return plain(found.attack.patch.pixels), [record.to_json() for record in found.results.records]
+
+
+def test_two_processes_make_a_patch_and_test_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "save_figure", lambda *args, **options: None)
+    monkeypatch.setattr(claims, "PATIENCE", 0.02)
+    alone = made_and_tested(tmp_path / "alone")
+    one, two = together(2, lambda: made_and_tested(tmp_path / "both"))
+    assert one == two
+    assert torch.allclose(as_pixels(alone), as_pixels(one), atol=1e-6)
+    assert len(one[1]) == 3 * 5, "universal, random, grey"
+    assert one[1] == alone[1]
+    assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["fit.safetensors", "patch.safetensors", "tested"]
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -217,8 +257,6 @@ class Shapes:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
-        from evaluation.frames import Frame
-
         return Frame(self.images[index], self.labels[index], f"{index}")
 
 
