@@ -314,7 +314,7 @@ def test_a_point_is_the_run_that_evaluate_would_make(tmp_path: Path) -> None:
     (place,) = (tmp_path / "sweep/points/believer/square").iterdir()
     name, function = varied("bounded", max_attention="1/N")
     evaluate({"believer": segmenter()}, {"square": square}, {name: function}, Frames(), out=tmp_path / "alone",
-             verbose=False)  # fmt: skip
+             verbose=False, checks=False, report=False)  # fmt: skip
     (point,) = (path for path in place.iterdir() if (path / "cells/believer/square" / path.name).exists()
                 and Results.load(path).summary()["defence"].tolist() == ["none", name])  # fmt: skip
     assert files(point) == files(tmp_path / "alone")
