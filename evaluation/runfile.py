@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from evaluation.sizes import pair, place
+from ramdefense.names import ratio
 
 
 def _several(value: Any) -> Any:
@@ -76,7 +77,7 @@ class RunFile(BaseModel):
         patch_shape: as ``size``.
         patch_location: ``[top, left]``, ``TOPxLEFT``, a name, or a list of places, one for each image.
         device: ``cpu`` or ``gpu``; none: a GPU where there is one.
-        options: further options of the attacks, by name.
+        options: further options of the attacks, by name; ``8/255`` is a number.
         plugins: modules or files that register attacks or defences.
     """
 
@@ -97,7 +98,7 @@ class RunFile(BaseModel):
     patch_location: Place | None = None
     max_iter: StrictInt | None = None
     device: Literal["cpu", "gpu"] | None = None
-    options: dict[StrictStr, Any] = {}
+    options: dict[StrictStr, Annotated[Any, BeforeValidator(ratio)]] = {}
     keep_going: StrictBool = False
     plugins: Annotated[list[StrictStr], BeforeValidator(_several)] = []
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ramdefense.baselines.permutohedral import lattice
 from ramdefense.defended import DefendedSegmenter
@@ -119,7 +118,7 @@ def mean_field(
     w1 k1 + w2 k2, where k1 = exp(−|p_i − p_j|² / 2θ_α² − |c_i − c_j|² / 2θ_β²) and k2 = exp(−|p_i − p_j|² / 2θ_γ²).
     Each kernel is divided by its sum over j, as CRF-RNN does, and j = i is among the neighbours, as in the published
     implementations. An iteration is Q ← softmax(logits + w1 K1 Q + w2 K2 Q). The first kernel is filtered on the
-    permutohedral lattice, which is an approximation; the second is separable and exact up to 4 θ_γ.
+    permutohedral lattice, which is an approximation; the second is separable and exact.
 
     Args:
         logits: of the model.
@@ -148,7 +147,7 @@ def mean_field(
     if iterations and bilateral_weight:
         filters.append((bilateral_weight, _bilateral(images, theta_alpha, theta_beta)))
     if iterations and spatial_weight:
-        filters.append((spatial_weight, _spatial(theta_gamma)))
+        filters.append((spatial_weight, _spatial(*logits.shape[-2:], theta_gamma)))
     found = unary
     for _ in range(iterations):
         beliefs = found.exp()
@@ -178,17 +177,16 @@ def _bilateral(images: Tensor, theta_alpha: float, theta_beta: float) -> Callabl
     return smooth
 
 
-def _spatial(theta_gamma: float) -> Callable[[Tensor], Tensor]:
-    reach = math.ceil(4 * theta_gamma)
-    steps = torch.arange(-reach, reach + 1)
+def _spatial(height: int, width: int, theta_gamma: float) -> Callable[[Tensor], Tensor]:
+    """Rows, then columns, each as one matrix; a product of two divisions by the sums is the division by the sum."""
+    down, across = (_gaussian(side, theta_gamma) for side in (height, width))
+    return lambda beliefs: down.to(beliefs) @ beliefs @ across.to(beliefs).T
 
-    def blur(maps: Tensor) -> Tensor:
-        kernel = torch.exp(-0.5 * (steps / theta_gamma) ** 2).to(maps)
-        flat = maps.flatten(0, 1)[:, None]
-        flat = F.conv2d(flat, kernel[None, None, :, None], padding=(reach, 0))
-        return F.conv2d(flat, kernel[None, None, None], padding=(0, reach))[:, 0].reshape(maps.shape)
 
-    return lambda beliefs: blur(beliefs) / blur(torch.ones_like(beliefs[:1, :1]))
+def _gaussian(side: int, theta: float) -> Tensor:
+    places = torch.arange(side, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * ((places[:, None] - places) / theta) ** 2)
+    return kernel / kernel.sum(dim=1, keepdim=True)
 
 
 def _undoing(segmenter: PyTorchSegmenter) -> tuple[Tensor, Tensor]:
