@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evaluation.cli_papers import papers
 from evaluation.cli_shared import (
     Device,
     MaxIter,
@@ -358,6 +359,7 @@ def sites(
 
 app.command()(field)
 app.command()(attention)
+app.command()(papers)
 
 
 @app.command()
