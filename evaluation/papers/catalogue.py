@@ -11,8 +11,8 @@ _HEADING = """# The papers, tried
 
 What the papers claim that this project starts from, and what came out here, on data and models that two CPU cores can
 carry: small networks, 160×120 pixels, few images. Made by `ramdefense papers --markdown` from the measurements in
-`evaluation/papers/*.csv`; each verdict follows from them by the rule beside it. A claim that does not hold here may hold
-on the papers' models and data, and the other way round.
+`evaluation/papers/*.csv`; each verdict follows from them by the rule beside it. A claim that does not hold here may
+hold on the papers' models and data, and the other way round.
 """
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pandas as pd
 
 from evaluation.papers.claims import Claim, Paper
@@ -31,7 +33,7 @@ def _wide_fields(table: pd.DataFrame) -> Claim:
     bare = table[table["defence"] == "none"].assign(family=table["model"].str.rpartition("-")[2])
     miou = 100 * bare.groupby("family")["target_miou"].mean()
     ordered = [miou[family] for family in _REACH]
-    rises = all(low < high for low, high in zip(ordered, ordered[1:], strict=False))
+    rises = all(low < high for low, high in itertools.pairwise(ordered))
     outside = miou["segformer"] < miou["vit"] and miou["segformer"] < miou["cnn"]
     return Claim(
         "The wider a model's attention reaches, the more a patch does: none, windows, global.",
@@ -86,6 +88,6 @@ def _adversarial_training() -> Claim:
         "no figure at hand",
         "not measured",
         "cannot be tried here",
-        "The zoo holds no adversarially trained segmentation model; training one takes many times what its models took.",
+        "The zoo holds no adversarially trained segmentation model: training one takes many times as long.",
         "—",
     )

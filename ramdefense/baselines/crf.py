@@ -147,7 +147,7 @@ def mean_field(
     if iterations and bilateral_weight:
         filters.append((bilateral_weight, _bilateral(images, theta_alpha, theta_beta)))
     if iterations and spatial_weight:
-        filters.append((spatial_weight, _spatial(*logits.shape[-2:], theta_gamma)))
+        filters.append((spatial_weight, _spatial(logits.shape[-2], logits.shape[-1], theta_gamma)))
     found = unary
     for _ in range(iterations):
         beliefs = found.exp()
