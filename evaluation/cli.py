@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evaluation.cli_curves import curves, tune
+from evaluation.cli_papers import papers
 from evaluation.cli_report import report
 from evaluation.cli_shared import (
     Device,
@@ -391,6 +392,7 @@ app.command()(field)
 app.command()(attention)
 app.command()(curves)
 app.command()(tune)
+app.command()(papers)
 
 
 @app.command()

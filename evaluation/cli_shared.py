@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evaluation.sizes import pair, place
+from ramdefense.names import ratio
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -107,14 +108,14 @@ def attack_options(
 
 
 def parsed_option(text: str) -> tuple[str, Any]:
-    """``"eps_step=0.05"`` → ``("eps_step", 0.05)``; values are read as YAML."""
+    """``"eps_step=0.05"`` → ``("eps_step", 0.05)``; values are read as YAML, ``8/255`` as the number that it is."""
     import yaml
 
     name, equals, value = text.partition("=")
     if not equals or not name.strip().isidentifier():
         raise ValueError(f"--option {text}: NAME=VALUE, as in eps_step=0.05")
     try:
-        return name.strip(), yaml.safe_load(value)
+        return name.strip(), ratio(yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise ValueError(f"--option {text}: the value is no YAML") from error
 

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from evaluation.sizes import pair, place
+from ramdefense.names import ratio
 
 
 def _several(value: Any) -> Any:
@@ -77,7 +78,7 @@ class RunFile(BaseModel):
         patch_location: ``[top, left]``, ``TOPxLEFT``, a name, or a list of places, one for each image.
         device: ``cpu`` or ``gpu``; none: a GPU where there is one.
         amp, compile: as ``evaluation.evaluate``.
-        options: further options of the attacks, by name.
+        options: further options of the attacks, by name; ``8/255`` is a number.
         plugins: modules or files that register attacks or defences.
     """
 
@@ -100,7 +101,7 @@ class RunFile(BaseModel):
     device: Literal["cpu", "gpu"] | None = None
     amp: Literal["bf16"] | None = None
     compile: StrictBool = False
-    options: dict[StrictStr, Any] = {}
+    options: dict[StrictStr, Annotated[Any, BeforeValidator(ratio)]] = {}
     keep_going: StrictBool = False
     checks: StrictBool = True
     check_images: StrictInt = 2

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import TypeVar
 
+from ramdefense.baselines import MeanFieldCRF, MultiScale
 from ramdefense.names import split_name
 from ramdefense.ram import RAMDefense
 from ramdefense.segmenter import PyTorchSegmenter
@@ -72,3 +73,5 @@ def undefended(segmenter: PyTorchSegmenter) -> PyTorchSegmenter:
 
 
 register_defence("ram")(RAMDefense)
+register_defence("multiscale")(MultiScale)
+register_defence("crf")(MeanFieldCRF)

@@ -7,8 +7,6 @@ The mathematics is in `refinement`, the places where it acts are found by `inter
 from __future__ import annotations
 
 import copy
-import functools
-import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -18,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ramdefense.defended import DefendedSegmenter
 from ramdefense.interception import (
     SOFTMAX,
     AttentionSite,
@@ -351,7 +350,7 @@ def _plan(probed: Probed, include: tuple[str, ...] | None, exclude: tuple[str, .
 # ----------------------------------------------------------------------------------------------------- the segmenter
 
 
-class RAMDefense(PyTorchSegmenter):
+class RAMDefense(DefendedSegmenter):
     """A segmenter hardened by RAM; a segmenter itself, for every attack that takes one.
 
     Everything but the model is as in `segmenter`, which stays as it was; the model is a hardened deep copy. The class
@@ -366,14 +365,6 @@ class RAMDefense(PyTorchSegmenter):
         TypeError: `segmenter` is no `PyTorchSegmenter`, or an option has the wrong type.
         ValueError: as `harden`.
     """
-
-    def __new__(cls, segmenter: PyTorchSegmenter, **options: Any) -> RAMDefense:
-        if not isinstance(segmenter, PyTorchSegmenter):
-            raise TypeError(
-                f"segmenter is a {type(segmenter).__name__}; wrap a model in ramdefense.PyTorchSegmenter first, or use "
-                "ramdefense.harden(model) for the model alone"
-            )
-        return object.__new__(_defended(cls, type(segmenter)))
 
     def __init__(
         self,
@@ -401,29 +392,4 @@ class RAMDefense(PyTorchSegmenter):
             seed=seed,
             example=segmenter.input_shape if example is None else example,
         )
-        self.__dict__.update(vars(segmenter.with_model(hardened)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        kind = type(self)
-        return _rebuilt, kind.__bases__ if "__ram__" in vars(kind) else (kind, kind), self.__dict__.copy()
-
-    def __repr__(self) -> str:
-        segmenter = super().__repr__()
-        if not isinstance(self.model, HardenedModel):  # a defence that was put around this one
-            return segmenter
-        return f"{segmenter[:-1]}, {self.model.extra_repr()})"
-
-
-@functools.cache
-def _defended(own: type, plain: type) -> type:
-    """A class that is both; made only where neither derives from the other."""
-    if issubclass(own, plain):
-        return own
-    if issubclass(plain, own):
-        return plain
-    name = f"{own.__name__}[{plain.__name__}]"
-    return types.new_class(name, (own, plain), exec_body=lambda body: body.update(__ram__=True, __module__=__name__))
-
-
-def _rebuilt(own: type, plain: type) -> Any:
-    return object.__new__(_defended(own, plain))
+        self._become(segmenter, hardened)

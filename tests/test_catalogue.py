@@ -18,7 +18,7 @@ from attacks.diversity import InputDiversity
 from attacks.page import page
 from attacks.patchwise import PATCH_ATTACKS
 from attacks.pixelwise import PIXEL_ATTACKS, OwnPrediction
-from ramdefense.names import split_name
+from ramdefense.names import ratio, split_name
 from ramdefense.segmenter import PyTorchSegmenter
 
 SIZE, SIDE, CLASSES = (16, 16), 4, 4
@@ -217,3 +217,9 @@ def test_input_diversity_shrinks_and_pads_within_the_patch() -> None:
 def test_input_diversity_refuses_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         InputDiversity(**wrong)
+
+
+def test_ratios_are_numbers_and_multiples_of_one_nth_are_text() -> None:
+    assert split_name("pixel-fgsm:eps=8/255,norm=inf") == ("pixel-fgsm", {"eps": 8 / 255, "norm": "inf"})
+    assert split_name("ram:max_attention=3/N") == ("ram", {"max_attention": "3/N"})
+    assert [ratio(value) for value in ("0.5/255", "3/0", 4, "a/b")] == [0.5 / 255, "3/0", 4, "a/b"]

@@ -1,0 +1,37 @@
+"""The papers, in the order of docs/papers.md, and that page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evaluation.papers import arnab, yuan
+from evaluation.papers.claims import Paper, measured
+
+_HEADING = """# The papers, tried
+
+What the papers claim that this project starts from, and what came out here, on data and models that two CPU cores can
+carry: small networks, 160×120 pixels, few images. Made by `ramdefense papers --markdown` from the measurements in
+`evaluation/papers/*.csv`; each verdict follows from them by the rule beside it. A claim that does not hold here may
+hold on the papers' models and data, and the other way round.
+"""
+
+
+def papers() -> list[Paper]:
+    """Every paper, its claims computed from the measurements that ship."""
+    return [
+        yuan.paper(measured("ram"), measured("ram-attacks")),
+        arnab.paper(measured("arnab"), measured("arnab-scales")),
+    ]
+
+
+def as_markdown(found: Sequence[Paper]) -> str:
+    """docs/papers.md."""
+    parts = [_HEADING]
+    for paper in found:
+        parts.append(f"## {paper.authors}: “{paper.title}”\n\n{paper.where}\n")
+        for claim in paper.claims:
+            parts.append(
+                f"**{claim.claim}** — *{claim.verdict}*\n\n"
+                f"- Here: {claim.ours}.\n- The paper: {claim.theirs}.\n- {claim.why}\n- From: `{claim.run}`\n"
+            )
+    return "\n".join(parts)
