@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -26,7 +25,11 @@ def papers(
         typer.echo(as_markdown(found), nl=False)
         return
     if as_json:
-        typer.echo(json.dumps([asdict(paper) for paper in found], indent=2, ensure_ascii=False))
+        told = [
+            {**paper._asdict(), "claims": [{**claim._asdict(), "run": run} for claim, run in paper.claims]}
+            for paper in found
+        ]
+        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
         return
     from rich.console import Group
     from rich.padding import Padding
@@ -34,7 +37,7 @@ def papers(
 
     for paper in found:
         show(Text(f"\n{paper.authors}\n{paper.title}, {paper.where}", style="bold"))
-        for claim in paper.claims:
+        for claim, run in paper.claims:
             verdict = Text.assemble((claim.verdict, _STYLES.get(claim.verdict, "dim")), f": {claim.claim}")
-            lines = (f"here:  {claim.ours}", f"paper: {claim.theirs}", f"rule:  {claim.why}", f"from:  {claim.run}")
+            lines = (f"here:  {claim.ours}", f"paper: {claim.paper}", f"why:   {claim.reason}", f"from:  {run}")
             show(Padding(Group(verdict, *(Padding(Text(line), (0, 0, 0, 4)) for line in lines)), (1, 0, 0, 2)))

@@ -50,14 +50,14 @@ def scales(own: float, others: float) -> pd.DataFrame:
 )
 def test_verdicts_on_arnab(measured_ratios: pd.DataFrame, measured_scales: pd.DataFrame, verdicts: list[str]) -> None:
     found = arnab.paper(measured_ratios, measured_scales).claims
-    assert [claim.verdict for claim in found] == verdicts
+    assert [claim.verdict for claim, _ in found] == verdicts
 
 
 def test_the_worse_of_two_attacks_decides() -> None:
     """A defence that is strong only against attacks that do not know it is none."""
     table = ratios(0.5, 0.5, 0.5)
     assert table.query("defence == 'multiscale' and made == 'without'")["iou_ratio"].eq(0.9).all()
-    assert arnab.paper(table, scales(0.2, 0.9)).claims[0].verdict == "does not hold"
+    assert arnab.paper(table, scales(0.2, 0.9)).claims[0][0].verdict == "does not hold"
 
 
 def test_ratios_come_from_the_summary_of_a_run() -> None:
@@ -91,14 +91,14 @@ def test_scale_transfer_has_every_pair(tmp_path) -> None:
 
 def test_yuan_reads_its_tables() -> None:
     table, attacks = measured("ram"), measured("ram-attacks")
-    before = [claim.verdict for claim in yuan.paper(table, attacks).claims]
+    before = [claim.verdict for claim, _ in yuan.paper(table, attacks).claims]
     better = attacks.assign(success=attacks["success"].where(attacks["defence"] == "none", 0.0) + 0.0)
     better.loc[better["defence"] == "none", "success"] = 0.5
-    assert yuan.paper(table, better).claims[1].verdict == "holds"
+    assert yuan.paper(table, better).claims[1][0].verdict == "holds"
     worse = attacks.assign(success=0.3)
-    assert yuan.paper(table, worse).claims[1].verdict == "does not hold"
+    assert yuan.paper(table, worse).claims[1][0].verdict == "does not hold"
     ordered = table.assign(target_miou=table["target_miou"].where(table["model"] != "zoo:camvid-segformer", 0.09))
-    assert (before[0], yuan.paper(ordered, attacks).claims[0].verdict) == ("holds in part", "holds")
+    assert (before[0], yuan.paper(ordered, attacks).claims[0][0].verdict) == ("holds in part", "holds")
 
 
 def test_shares() -> None:
@@ -119,7 +119,7 @@ def test_the_command_and_the_page_tell_the_same() -> None:
     told = json.loads(CliRunner().invoke(app, ["papers", "--json"]).output)
     assert [paper["title"] for paper in told] == [paper.title for paper in found]
     for paper in found:
-        for claim in paper.claims:
+        for claim, _ in paper.claims:
             assert claim.verdict in text
     page = Path(__file__).parent.parent / "docs" / "papers.md"
     assert CliRunner().invoke(app, ["papers", "--markdown"]).output == as_markdown(found) == page.read_text()

@@ -10,7 +10,7 @@ import pandas as pd
 
 from evaluation.files import write_figure
 from evaluation.frames import SegmentationData
-from evaluation.papers.claims import Claim, Paper, by_share
+from evaluation.papers.claims import UNTRIED, Claim, Paper, by_share
 from ramdefense.baselines import MultiScale
 from ramdefense.names import split_name
 from ramdefense.segmenter import PyTorchSegmenter
@@ -99,7 +99,12 @@ def paper(ratios: pd.DataFrame, scales: pd.DataFrame) -> Paper:
         "Arnab, Miksik, Torr",
         "On the Robustness of Semantic Segmentation Models to Adversarial Attacks",
         "CVPR 2018, TPAMI 2020, arXiv 1711.09856",
-        (_multi_scale(ratios), _across_scales(scales), _crf(ratios), _masking(ratios)),
+        (
+            (_multi_scale(ratios), RUN_FILE),
+            (_across_scales(scales), "evaluation.papers.arnab.scale_transfer"),
+            (_crf(ratios), RUN_FILE),
+            (_masking(ratios), RUN_FILE),
+        ),
     )
 
 
@@ -117,12 +122,11 @@ def _multi_scale(ratios: pd.DataFrame) -> Claim:
     share = float((worst > sides["none"] + TOLERANCE).mean())
     return Claim(
         "Multi-scale inference makes a model more robust.",
-        "no figure at hand",
         f"IoU ratio {sides['none'].mean():.2f} → {worst.mean():.2f} on the mean, the worse of attacks through it and "
         f"without it; higher in {share:.0%} of {len(sides)} cells (model, attack, ε)",
+        "no figure at hand",
         by_share(share),
         "Holds where the ratio is higher by more than 0.01 in nine of ten cells, in part in more than one of ten.",
-        RUN_FILE,
     )
 
 
@@ -133,11 +137,10 @@ def _across_scales(scales: pd.DataFrame) -> Claim:
     share = float((others["iou_ratio"] > half_way).mean())
     return Claim(
         "A perturbation that is made at one scale transfers badly to another.",
-        "no figure at hand",
         f"IoU ratio {own.mean():.2f} at the scale it was made at, {others['iou_ratio'].mean():.2f} at the others",
+        "no figure at hand",
         by_share(share),
         "Badly: less than half of the loss is left. Holds in nine of ten pairs of scales, in part in more than one.",
-        "evaluation.papers.arnab.scale_transfer",
     )
 
 
@@ -146,12 +149,11 @@ def _crf(ratios: pd.DataFrame) -> Claim:
     share = float((sides["through"] > sides["none"] + TOLERANCE).mean())
     return Claim(
         "A CRF makes a model more robust to untargeted attacks that are made through it.",
-        "no figure at hand",
         f"IoU ratio {sides['none'].mean():.2f} → {sides['through'].mean():.2f}; higher in {share:.0%} of {len(sides)} "
         "cells",
+        "no figure at hand",
         by_share(share),
         "As above.",
-        RUN_FILE,
     )
 
 
@@ -160,19 +162,18 @@ def _masking(ratios: pd.DataFrame) -> Claim:
     gained = sides[sides["through"] > sides["none"] + TOLERANCE]
     if gained.empty:
         return Claim(
-            "That protection is gradient masking: attacks made without the CRF succeed.", "no figure at hand",
-            "there was no protection to explain", "cannot be tried here", "No cell in which the CRF helps.", RUN_FILE,
+            "That protection is gradient masking: attacks made without the CRF succeed.",
+            "there was no protection to explain", "no figure at hand", UNTRIED, "No cell in which the CRF helps.",
         )  # fmt: skip
     kept = (gained["without"] - gained["none"]) / (gained["through"] - gained["none"])
     share = float((kept < 0.5).mean())
     return Claim(
         "That protection is gradient masking: attacks made without the CRF succeed.",
-        "no figure at hand",
         f"where it helps, IoU ratio {gained['none'].mean():.2f} without it, {gained['through'].mean():.2f} attacked "
         f"through it, {gained['without'].mean():.2f} attacked without it",
+        "no figure at hand",
         by_share(share),
         "Masking: an attack made without it takes away half of the gain or more. Holds in nine of ten such cells.",
-        RUN_FILE,
     )
 
 

@@ -29,9 +29,9 @@ def as_markdown(found: Sequence[Paper]) -> str:
     parts = [_HEADING]
     for paper in found:
         parts.append(f"## {paper.authors}: “{paper.title}”\n\n{paper.where}\n")
-        for claim in paper.claims:
+        for claim, run in paper.claims:
             parts.append(
                 f"**{claim.claim}** — *{claim.verdict}*\n\n"
-                f"- Here: {claim.ours}.\n- The paper: {claim.theirs}.\n- {claim.why}\n- From: `{claim.run}`\n"
+                f"- Here: {claim.ours}.\n- The paper: {claim.paper}.\n- {claim.reason}\n- From: `{run}`\n"
             )
     return "\n".join(parts)

@@ -6,7 +6,7 @@ import itertools
 
 import pandas as pd
 
-from evaluation.papers.claims import Claim, Paper
+from evaluation.papers.claims import HOLDS, IN_PART, NOT, UNTRIED, Claim, Paper
 
 _TABLE = "docs/results.md, “CamVid: five models”"
 _ATTACKS = "docs/results.md, “every patch attack”"
@@ -25,7 +25,12 @@ def paper(table: pd.DataFrame, attacks: pd.DataFrame) -> Paper:
         "Yuan, Zhang, Wang, Shan, Chen",
         "Towards Robust Semantic Segmentation against Patch-based Attack via Attention Refinement",
         "IJCV 2024, arXiv 2401.01750",
-        (_wide_fields(table), _average(attacks), _both_families(table), _adversarial_training()),
+        (
+            (_wide_fields(table), _TABLE),
+            (_average(attacks), _ATTACKS),
+            (_both_families(table), _TABLE),
+            (_adversarial_training(), "—"),
+        ),
     )
 
 
@@ -37,15 +42,14 @@ def _wide_fields(table: pd.DataFrame) -> Claim:
     outside = miou["segformer"] < miou["vit"] and miou["segformer"] < miou["cnn"]
     return Claim(
         "The wider a model's attention reaches, the more a patch does: none, windows, global.",
-        "target mIoU 5.86 (UPerNet/ConvNeXt), 29.25 (SeMask/Swin), 74.57 (Segmenter/ViT)",
         "target mIoU, mean of Permute and Strip: "
         + ", ".join(f"{miou[family]:.1f} ({family}, {reach})" for family, reach in _REACH.items())
         + f", {miou['segformer']:.1f} (segformer, global)",
-        "holds" if rises and not outside else "holds in part" if rises else "does not hold",
+        "target mIoU 5.86 (UPerNet/ConvNeXt), 29.25 (SeMask/Swin), 74.57 (Segmenter/ViT)",
+        HOLDS if rises and not outside else IN_PART if rises else NOT,
         "The order must hold for all five models; SegFormer, whose attention is global, is the least fooled of all."
         if outside
         else "The order must hold for all five models.",
-        _TABLE,
     )
 
 
@@ -58,12 +62,11 @@ def _average(attacks: pd.DataFrame) -> Claim:
     better = float((success["ram"] < success["none"]).mean())
     return Claim(
         "RAM takes about 20 points off an attack's success, on the average over about ten patch attacks.",
-        "about 20 points",
         f"{drop:.1f} points over {len(shared)} targeted attacks on the ViT ({success['none'].mean():.1f} → "
         f"{success['ram'].mean():.1f} % of the pixels on target, the worst of plain, adaptive and transferred)",
-        "holds" if drop >= 20 else "holds in part" if drop > 0 and better > 0.9 else "does not hold",
+        "about 20 points",
+        HOLDS if drop >= 20 else IN_PART if drop > 0 and better > 0.9 else NOT,
         "Holds from 20 points on. Ours is the share of pixels on target, the paper's the mIoU with the target map.",
-        _ATTACKS,
     )
 
 
@@ -74,20 +77,18 @@ def _both_families(table: pd.DataFrame) -> Claim:
     helped = float((drops >= 5).mean())
     return Claim(
         "It works for CNNs with attention and for vision transformers.",
-        "no figure at hand",
         "points taken off, mean of Permute and Strip: " + ", ".join(f"{d:.1f} ({m})" for m, d in drops.items()),
-        "holds" if helped == 1 else "holds in part" if helped else "does not hold",
+        "no figure at hand",
+        HOLDS if helped == 1 else IN_PART if helped else NOT,
         "A model is helped from 5 points on. Windows of 25 keys are hardly touched by the default threshold of 16/N.",
-        _TABLE,
     )
 
 
 def _adversarial_training() -> Claim:
     return Claim(
         "It complements adversarial training.",
-        "no figure at hand",
         "not measured",
-        "cannot be tried here",
+        "no figure at hand",
+        UNTRIED,
         "The zoo holds no adversarially trained segmentation model: training one takes many times as long.",
-        "—",
     )
