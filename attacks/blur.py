@@ -28,7 +28,8 @@ def blur_objects(images: Tensor, masks: Tensor, sigma: float) -> Tensor:
         raise ValueError(f"sigma={sigma}: a number of pixels, at least 0")
     if masks.dtype != torch.bool or masks.shape != (len(images), *images.shape[2:]):
         raise ValueError(
-            f"masks are {masks.dtype} of shape {tuple(masks.shape)}; for images {tuple(images.shape)} give bool (N, H, W)"
+            f"masks are {masks.dtype} of shape {tuple(masks.shape)}; give bool (N, H, W) for "
+            f"images {tuple(images.shape)}"
         )
     if sigma == 0:
         return images.clone()

@@ -88,8 +88,8 @@ class MaskAndClassifierPGD(EvasionAttack):
             raise ValueError(f"masks have shape {tuple(aims.shape)}; for x {tuple(images.shape)} give (N, H, W)")
         classes = torch.tensor(labels, dtype=torch.int64, device=images.device)
         generator = torch.Generator().manual_seed(self.seed)
-        parts = zip(images.split(self.batch_size), classes.split(self.batch_size), aims.split(self.batch_size))
-        found = [self._batch(defence, *part, generator) for part in parts]
+        parts = (images.split(self.batch_size), classes.split(self.batch_size), aims.split(self.batch_size))
+        found = [self._batch(defence, *part, generator) for part in zip(*parts, strict=True)]
         return torch.cat(found).cpu().numpy().astype(x.dtype)
 
     def _batch(

@@ -1,15 +1,16 @@
 """Objects on contexts drawn by a program, with exact object masks: classification data that is always there.
 
-Six kinds of things, each with a context of its own: boats on the sea, camels in the desert, deer in the forest, buses in
-the city, bears in the snow, cows in the field. How often a thing is where it belongs is the *informativeness* κ: with
-probability κ it stands in its own context, else in one drawn uniformly from all K. So a context c says of the label y
+Six kinds of things, each with a context of its own: boats on the sea, camels in the desert, deer in the forest, buses
+in the city, bears in the snow, cows in the field. How often a thing is where it belongs is the *informativeness* κ:
+with probability κ it stands in its own context, else in one drawn uniformly from all K. So a context c says of the
+label y
 
     P(c = own | y) = p = κ + (1 − κ)/K,    P(c = another | y) = q = (1 − κ)/K,
 
 and since labels and contexts are both uniform: the best classifier that sees the context alone is right with
 probability p (`context_accuracy`), and the mutual information is log₂K + p log₂p + (K − 1) q log₂q bits
-(`context_information`), 0 at κ = 0 and log₂K at κ = 1. Colours and textures of the things are drawn from one palette for
-all classes, so that the shape tells the class.
+(`context_information`), 0 at κ = 0 and log₂K at κ = 1. Colours and textures of the things are drawn from one palette
+for all classes, so that the shape tells the class.
 
 The thing, the context, and the light are drawn from three streams of item i: whatever κ, item i shows the same thing in
 the same place, and a larger κ only moves some of them to their own context.
@@ -120,8 +121,9 @@ class DrawnObjects:
         rng = self._stream(index, 3)
         if drawn is not None and coverage is not None:
             image = image * (1 - coverage[..., None]) + drawn * coverage[..., None]
-        light = rng.uniform(0.85, 1.0) * rng.uniform(0.95, 1.0, 3) * _field(rng, self.size, (3, 3), 0.88, 1.0)[..., None]
-        noise = np.clip(rng.standard_normal((*self.size, 3)) * rng.uniform(0.005, 0.03), -0.05, 0.05)
+        light = rng.uniform(0.85, 1.0) * rng.uniform(0.95, 1.0, 3)
+        light = light * _field(rng, self.size, (3, 3), 0.88, 1.0)[..., None]
+        noise = np.clip(rng.standard_normal((*self.size, 3)) * rng.uniform(0.004, 0.02), -0.05, 0.05)
         developed = 0.05 + 0.9 * np.clip(image, 0, 1) * light + noise
         return torch.from_numpy(np.ascontiguousarray(developed.transpose(2, 0, 1)).astype(np.float32))
 
@@ -142,11 +144,11 @@ class _Pen:
         self.rng, self.size = rng, size
         self.image = Image.new("RGBA", (size[1] * _FINE, size[0] * _FINE))
         self.canvas = ImageDraw.Draw(self.image)
-        self.reach = min(size) * _FINE * rng.uniform(0.2, 0.34)
+        self.reach = min(size) * _FINE * rng.uniform(0.3, 0.44)
         self.flip = rng.choice((-1.0, 1.0))
         self.turn = rng.normal(0, 0.09)
         self.stretch = rng.uniform(0.85, 1.18)
-        margin = 1.05 * self.reach  # the thing stays inside the picture but for an antler or a mast
+        margin = 1.02 * self.reach  # the thing stays inside the picture but for an antler or a mast
         self.centre = (
             rng.uniform(margin, size[1] * _FINE - margin),
             rng.uniform(max(margin, 0.42 * size[0] * _FINE), size[0] * _FINE - margin),
@@ -205,7 +207,7 @@ class _Pen:
         """Grain, and on some things of every class stripes or spots."""
         rng, (height, width) = self.rng, self.size
         texture = 1 + 0.05 * rng.standard_normal(self.size)
-        kind, strength = rng.integers(4), rng.uniform(0.15, 0.4)
+        kind, strength = rng.integers(4), rng.uniform(0.1, 0.25)
         if kind == 0:
             rows, columns = np.mgrid[:height, :width]
             angle, period = rng.uniform(0, math.pi), rng.uniform(3, 7) * min(self.size) / 64
@@ -279,7 +281,8 @@ def _deer(pen: _Pen) -> None:
     for side in (-0.1, 0.1):
         tip = (head[0] - 0.15 + 2 * side, head[1] + rng.uniform(0.3, 0.48))
         pen.limb((head[0], head[1] + 0.03), tip, 0.09, pen.shade, 0.06)
-        pen.limb(((head[0] + tip[0]) / 2, (head[1] + tip[1]) / 2), (tip[0] + 0.26, tip[1] - 0.02), 0.07, pen.shade, 0.05)
+        fork = ((head[0] + tip[0]) / 2, (head[1] + tip[1]) / 2)
+        pen.limb(fork, (tip[0] + 0.26, tip[1] - 0.02), 0.07, pen.shade, 0.05)
 
 
 def _bear(pen: _Pen) -> None:
@@ -369,7 +372,8 @@ def _sea(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
 def _desert(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     ground = _Ground(size, rng, (0.80, 0.66, 0.44), (0.62, 0.74, 0.86))
     for _ in range(int(rng.integers(2, 5))):
-        x, y, wide, high = rng.uniform(0, 1), rng.uniform(ground.horizon, 0.9), rng.uniform(0.3, 0.7), rng.uniform(0.05, 0.2)
+        x, y = rng.uniform(0, 1), rng.uniform(ground.horizon, 0.9)
+        wide, high = rng.uniform(0.3, 0.7), rng.uniform(0.05, 0.2)
         sand = _around(rng, (0.76, 0.6, 0.38))
         ground.polygon(((x - wide, y + 0.05), (x, y - high), (x + 0.6 * wide, y + 0.05)), sand)
         ground.polygon(((x, y - high), (x + 0.6 * wide, y + 0.05), (x - 0.1 * wide, y + 0.05)), 0.82 * sand)
@@ -384,7 +388,8 @@ def _forest(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     for _ in range(int(rng.integers(8, 18))):
         x, y, r = rng.uniform(0, 1), rng.uniform(-0.05, ground.horizon + 0.05), rng.uniform(0.05, 0.14)
         angles = np.linspace(0, 2 * math.pi, 9)[:-1]
-        leaves = [(x + r * math.cos(a) * rng.uniform(0.7, 1.2), y + r * math.sin(a) * rng.uniform(0.7, 1.2)) for a in angles]
+        reach = r * rng.uniform(0.7, 1.2, len(angles))
+        leaves = [(x + far * math.cos(a), y + far * math.sin(a)) for a, far in zip(angles, reach, strict=True)]
         ground.polygon(leaves, _around(rng, (0.22, 0.38, 0.16), 0.06))
     return ground.finished(0.12, 0.3, (12, 12))
 
@@ -418,7 +423,8 @@ def _snow(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         ground.polygon(((x - wide * 0.35, top + 0.06), (x, top), (x + wide * 0.35, top + 0.06)), np.array((0.92,) * 3))
     for _ in range(int(rng.integers(0, 6))):
         x, foot, high = rng.uniform(0, 1), rng.uniform(ground.horizon, 0.7), rng.uniform(0.1, 0.25)
-        ground.polygon(((x - 0.35 * high, foot), (x, foot - high), (x + 0.35 * high, foot)), _around(rng, (0.2, 0.3, 0.28)))
+        fir = _around(rng, (0.2, 0.3, 0.28))
+        ground.polygon(((x - 0.35 * high, foot), (x, foot - high), (x + 0.35 * high, foot)), fir)
     return ground.finished(0.02, 0.07, (6, 4))
 
 

@@ -1,4 +1,4 @@
-"""A foreground mask before a classifier (Vaishnavi, Cong, Eykholt, Prakash & Rahmati, arXiv 1911.11946), and its control.
+"""A foreground mask before a classifier (Vaishnavi, Cong, Eykholt, Prakash & Rahmati, arXiv 1911.11946), its control.
 
 The background is blacked out, so that nothing in it can be attacked. Where the mask comes from decides what an attacker
 can do: one that the data set gives stays as it is; one that a segmenter finds moves with the image.
@@ -33,8 +33,10 @@ RANDOM_MASKS = ("shift", "blob")
 class ForegroundMask(PreprocessorPyTorch):
     """An ART preprocessing defence that multiplies images by a mask of their foreground.
 
-        PyTorchClassifier(..., input_shape=(4, H, W), preprocessing_defences=ForegroundMask())  # predict(with_masks(x, m))
-        PyTorchClassifier(..., preprocessing_defences=ForegroundMask(segmenter, foreground=[1, 4]))
+        given = PyTorchClassifier(..., input_shape=(4, H, W), preprocessing_defences=ForegroundMask())
+        given.predict(with_masks(x, masks))
+        found = PyTorchClassifier(..., preprocessing_defences=ForegroundMask(segmenter, foreground=[1, 4]))
+        found.predict(x)
 
     Args:
         masks: where the mask comes from:
@@ -53,7 +55,7 @@ class ForegroundMask(PreprocessorPyTorch):
 
     Raises:
         TypeError: `masks` is none of the three.
-        ValueError: no foreground class, one that the segmenter does not have, or foreground classes without a segmenter.
+        ValueError: no foreground class, one that the segmenter lacks, or foreground classes without a segmenter.
     """
 
     params: ClassVar[list[str]] = ["foreground", "hard", "differentiate", "channels", "batch_size"]
@@ -145,7 +147,7 @@ class ForegroundMask(PreprocessorPyTorch):
     def _images(self, x: Tensor) -> Tensor:
         expected = self.channels + (self.masks is None)
         if x.ndim != 4 or x.shape[1] != expected:
-            remedy = "join images and their masks with with_masks(images, masks)" if self.masks is None else "see channels"
+            remedy = "join images and masks with with_masks(images, masks)" if self.masks is None else "see channels"
             raise ValueError(f"x has shape {tuple(x.shape)}; it has to be (N, {expected}, H, W): {remedy}")
         return x[:, : self.channels]
 
@@ -181,7 +183,7 @@ def with_masks(images: Array, masks: np.ndarray | Tensor) -> Array:
         ValueError: the masks have another size or number, or hold something else than 0 and 1.
     """
     found = torch.as_tensor(masks)
-    shape = (len(images), *images.shape[2:])
+    shape = (int(images.shape[0]), *(int(side) for side in images.shape[2:]))
     if tuple(found.shape) not in (shape, (shape[0], 1, *shape[1:])):
         raise ValueError(f"masks have shape {tuple(found.shape)}; for images {tuple(images.shape)} give {shape}")
     if found.dtype != torch.bool and not bool(((found == 0) | (found == 1)).all()):
@@ -195,7 +197,7 @@ def with_masks(images: Array, masks: np.ndarray | Tensor) -> Array:
 def random_masks(
     masks: Tensor, kind: str = "shift", *, seed: int = 0, indices: Sequence[int] | None = None
 ) -> Tensor:
-    """The control of `ForegroundMask`: for each mask one of exactly the same area at a place that the image did not choose.
+    """The control of `ForegroundMask`: for each mask one of exactly the same area, at a place drawn at random.
 
     To be given in place of the true masks, `with_masks(images, random_masks(masks))`: as fixed as those, so that no
     randomness stands between an attack and the gradient.
@@ -241,8 +243,9 @@ def _blob(mask: Tensor, generator: torch.Generator) -> Tensor:
     angle = torch.atan2(down, across)
     phases = 2 * math.pi * torch.rand(4, generator=generator)
     weights = 0.3 * torch.rand(4, generator=generator)
-    waves = [weight * torch.cos(turns * angle + phase) for turns, weight, phase in zip((1, 2, 3, 4), weights, phases)]
-    distance = torch.hypot(down, across) / (1.3 + torch.stack(waves).sum(0))
+    turns = torch.arange(1.0, 5.0)
+    outline = 1.3 + (weights * torch.cos(turns * angle[..., None] + phases)).sum(-1)
+    distance = torch.hypot(down, across) / outline
     chosen = torch.zeros(mask.numel(), dtype=torch.bool)
     chosen[distance.flatten().argsort(stable=True)[: int(mask.sum())]] = True
     return chosen.view(height, width).to(mask.device)

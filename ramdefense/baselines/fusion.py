@@ -70,7 +70,7 @@ class LateFusion(nn.Module):
         self.train()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.joint(self.features(images))  # type: ignore[no-any-return]
+        return self.joint(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
         """The joint feature z of each image, ``(N, ΣD)``, the extractors' in their order."""
@@ -91,7 +91,7 @@ class LateFusion(nn.Module):
     def fit(
         self, images: Tensor, labels: Tensor, *, decay: float = 1e-4, max_iter: int = 500, batch_size: int = 128
     ) -> Self:
-        """Train the joint classifier alone, from zero weights to the optimum (L-BFGS in double precision, no randomness).
+        """Train the joint classifier alone, from zero weights to the optimum (L-BFGS in double precision).
 
         Args:
             images, labels: all of them; features are found once, `batch_size` images at a time.
@@ -116,7 +116,11 @@ class LateFusion(nn.Module):
         weight = torch.zeros(self.nb_classes, z.shape[1], dtype=z.dtype, device=z.device, requires_grad=True)
         bias = torch.zeros(self.nb_classes, dtype=z.dtype, device=z.device, requires_grad=True)
         optimizer = torch.optim.LBFGS(
-            [weight, bias], max_iter=max_iter, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+            [weight, bias],
+            max_iter=max_iter,
+            tolerance_grad=1e-8,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
         )
         labels = labels.to(z.device)
 
@@ -128,7 +132,7 @@ class LateFusion(nn.Module):
             return loss
 
         with torch.enable_grad():
-            optimizer.step(closure)  # type: ignore[no-untyped-call]
+            optimizer.step(closure)
         with torch.no_grad():
             self.joint.weight.copy_(weight)
             self.joint.bias.copy_(bias)
@@ -207,7 +211,8 @@ class LateFusion(nn.Module):
         if labels.shape != (len(images),) or len(images) == 0:
             raise ValueError(f"{len(images)} images and labels of shape {tuple(labels.shape)}; give one for each image")
         if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= self.nb_classes:
-            raise ValueError(f"labels are whole numbers from 0 to {self.nb_classes - 1}; found {labels.unique()[:9].tolist()}")
+            found = labels.unique()[:9].tolist()
+            raise ValueError(f"labels are whole numbers from 0 to {self.nb_classes - 1}; found {found}")
 
     def extra_repr(self) -> str:
         return f"penalty={self.alphas}, frozen={self.frozen}"
