@@ -82,7 +82,8 @@ class LateFusion(nn.Module):
 
     def penalty(self) -> Tensor:
         """Σᵢ αᵢ‖θᵢ‖², a scalar with a gradient of 2αᵢθᵢ."""
-        return _penalty(self.weights(), self.alphas)
+        parts = zip(self.alphas, self.weights(), strict=True)
+        return torch.stack([alpha * theta.square().sum() for alpha, theta in parts]).sum()
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, averaged over the images, plus the penalty."""
@@ -113,10 +114,14 @@ class LateFusion(nn.Module):
         with torch.no_grad():
             z = torch.cat([self.features(batch) for batch in images.split(batch_size)]).double()
         self.train(training)
-        weight = torch.zeros(self.nb_classes, z.shape[1], dtype=z.dtype, device=z.device, requires_grad=True)
+        # L-BFGS works on weights in units in which every one of them has a curvature of about 1
+        parts = zip(self.widths, self.alphas, strict=True)
+        ridge = torch.cat([z.new_full((width,), alpha + decay) for width, alpha in parts])
+        unit = (z.square().mean(dim=0) / 4 + 2 * ridge).rsqrt()
+        scaled = torch.zeros(self.nb_classes, z.shape[1], dtype=z.dtype, device=z.device, requires_grad=True)
         bias = torch.zeros(self.nb_classes, dtype=z.dtype, device=z.device, requires_grad=True)
         optimizer = torch.optim.LBFGS(
-            [weight, bias],
+            [scaled, bias],
             max_iter=max_iter,
             tolerance_grad=1e-8,
             tolerance_change=1e-12,
@@ -126,15 +131,15 @@ class LateFusion(nn.Module):
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = F.cross_entropy(F.linear(z, weight, bias), labels) + decay * weight.square().sum()
-            loss = loss + _penalty(weight.split(self.widths, dim=1), self.alphas)
+            weight = scaled * unit
+            loss = F.cross_entropy(F.linear(z, weight, bias), labels) + (ridge * weight.square()).sum()
             loss.backward()
             return loss
 
         with torch.enable_grad():
             optimizer.step(closure)
         with torch.no_grad():
-            self.joint.weight.copy_(weight)
+            self.joint.weight.copy_(scaled * unit)
             self.joint.bias.copy_(bias)
         return self
 
@@ -266,10 +271,6 @@ def without_head(model: nn.Module, head: str = "fc") -> nn.Module:
     features = copy.deepcopy(model)
     features.set_submodule(head, nn.Identity())
     return features
-
-
-def _penalty(weights: Sequence[Tensor], alphas: Sequence[float]) -> Tensor:
-    return torch.stack([alpha * part.square().sum() for alpha, part in zip(alphas, weights, strict=True)]).sum()
 
 
 def _alphas(penalty: float | Sequence[float], extractors: int) -> tuple[float, ...]:
