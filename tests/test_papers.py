@@ -67,7 +67,7 @@ def test_claims_about_fusion() -> None:
     made = fusion.claims(fusion_table(dict.fromkeys(attacks, 0.3), 0.1))
     assert [claim.verdict for claim in made] == [HOLDS] * 7 + [UNTRIED]
     assert made[0].ours.startswith("+0.0, +15.0, +30.0 points")
-    worse = {attack: -0.3 for attack in attacks}
+    worse = dict.fromkeys(attacks, -0.3)
     made = fusion.claims(fusion_table(worse, -0.1))
     assert [claim.verdict for claim in made] == [NOT] * 7 + [UNTRIED]
     mixed = {**dict.fromkeys(attacks, 0.0), fusion.BLUR: 0.12}
