@@ -141,3 +141,11 @@ def test_the_trial_of_fusion_from_end_to_end() -> None:
     # clean, three FGSM, three transferred, two blurs for five models; PGD for three of them; two κ
     assert len(table) == 2 * (5 * 9 + 3)
     assert len(fusion.claims(table)) == 8
+
+
+def test_curves_are_drawn(tmp_path) -> None:
+    from evaluation.papers.curves import save_curves
+
+    attacks = (fusion.CLEAN, fusion.FGSM, fusion.TRANSFERRED, fusion.PGD, fusion.BLUR)
+    save_curves(fusion_table(dict.fromkeys(attacks, 0.3), 0.1), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -144,7 +144,8 @@ def claims(table: pd.DataFrame) -> list[Claim]:
                 "improves (MS-COCO)",
                 HOLDS if min(signs) > 0 else IN_PART if max(signs) > 0 else NOT,
                 f"fusion without penalty against the foreground alone; at {at}: intervals that leave out zero for "
-                f"{sum(sign > 0 for sign in signs)} of {len(signs)} κ > 0",
+                f"{sum(sign > 0 for sign in signs)} of {len(signs)} κ > 0; with α = {alphas[-1]:g}: "
+                f"{curve(attack, alphas[-1])}",
             )
         )
     signs = [gain(CLEAN, kappa).sign for kappa in kappas]

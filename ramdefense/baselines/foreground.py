@@ -183,8 +183,8 @@ def with_masks(images: Array, masks: np.ndarray | Tensor) -> Array:
         ValueError: the masks have another size or number, or hold something else than 0 and 1.
     """
     found = torch.as_tensor(masks)
-    size = tuple(torch.as_tensor(images).shape)
-    shape = (size[0], *size[2:])
+    size: tuple[int, ...] = tuple(images.shape)
+    shape: tuple[int, ...] = (size[0], *size[2:])
     if tuple(found.shape) not in (shape, (shape[0], 1, *shape[1:])):
         raise ValueError(f"masks have shape {tuple(found.shape)}; for images {size} give {shape}")
     if found.dtype != torch.bool and not bool(((found == 0) | (found == 1)).all()):
