@@ -2,9 +2,9 @@
 
 Small classifiers learn the same objects behind different masks: none; the data set's masks of the objects; two
 controls of the same area (`ramdefense.baselines.random_masks`): the object's silhouette elsewhere, and a blob
-elsewhere. Each is trained plainly, then adversarially from there. The classifier behind the data set's masks is also
-tried behind those of a segmenter, which an attacker can move: by an attacker who takes the mask as fixed (the paper's),
-by PGD through it, and by PGD on segmenter and classifier together.
+elsewhere. Each is trained plainly, then adversarially from there. One more learns behind the soft masks of a segmenter,
+which an attacker can move: it is tried by an attacker who takes the mask as fixed (the paper's), by PGD through the mask,
+and by PGD on segmenter and classifier together.
 
 One more classifier sees nothing but the masks: how far the silhouette alone gives the class away. No attack on pixels
 reaches a mask that the data set gives, so that much is safe by construction and not by the classifier's merit.
@@ -92,16 +92,16 @@ def run(
     def right(judge: PyTorchClassifier, x: np.ndarray) -> np.ndarray:
         return np.asarray(judge.predict(x).argmax(1) == y)
 
-    segmenter = _segmenter(learnt, max(1, epochs // 2), seed)
+    segmenter = _segmenter(learnt, epochs, seed)
     tick("segmenter", 0.05)
     silhouettes, shapes = (_masks(batch)[:, None].float().expand(-1, 3, -1, -1) for batch in (learnt, tried))
     alone = train(small_classifier(6, seed), silhouettes, learnt.labels, epochs=epochs, seed=seed)
     row(PLAIN, SILHOUETTE, CLEAN, 0.0, right(_estimator(alone, shapes), shapes.numpy()))
     tick(SILHOUETTE, 0.05)
 
-    for mask in (NONE, OBJECT, SHIFT, BLOB):
+    for mask in (NONE, OBJECT, SHIFT, BLOB, SEGMENTER):
         inputs, x = _inputs(learnt, mask, seed), _inputs(tried, mask, seed + 1).numpy()
-        defence = None if mask == NONE else ForegroundMask()
+        defence, fixed = _defences(mask, segmenter)
         before = None if defence is None else lambda batch, d=defence: d.forward(batch)[0]
         model = small_classifier(6, seed)
         for training, number, radius_learnt in ((PLAIN, epochs, 0.0), (ADVERSARIAL, adversarial_epochs, training_eps)):
@@ -110,25 +110,19 @@ def run(
             judge = _estimator(model, inputs, defence)
             row(training, mask, CLEAN, 0.0, right(judge, x))
             for radius in eps:
-                row(training, mask, PGD, radius, right(judge, pgd(judge, x, radius)))
-            tick(f"{training}, mask: {mask}", 0.075)
-            if mask == OBJECT:
-                through, fixed = (
-                    _estimator(model, tried.images, ForegroundMask(segmenter, foreground=[1], differentiate=yes))
-                    for yes in (True, False)
-                )
-                images = tried.images.numpy()
-                row(training, SEGMENTER, CLEAN, 0.0, right(through, images))
-                for radius in eps:
-                    joint = MaskAndClassifierPGD(through, radius, 2.5 * radius / steps, steps, weight=5.0, seed=seed)
-                    found = {
-                        FIXED: right(through, pgd(fixed, images, radius)),
-                        THROUGH: right(through, pgd(through, images, radius)),
-                        JOINT: right(through, joint.generate(images, y, masks=tried.masks)),
-                    }
-                    for attack, result in (*found.items(), (WORST, np.logical_and.reduce(list(found.values())))):
-                        row(training, SEGMENTER, attack, radius, result)
-                tick(f"{training}, mask: {SEGMENTER}", 0.15)
+                straight = right(judge, pgd(judge, x, radius))
+                if mask != SEGMENTER:
+                    row(training, mask, PGD, radius, straight)
+                    continue
+                joint = MaskAndClassifierPGD(judge, radius, 2.5 * radius / steps, steps, weight=5.0, seed=seed)
+                found = {
+                    FIXED: right(judge, pgd(_estimator(model, inputs, fixed), x, radius)),
+                    THROUGH: straight,
+                    JOINT: right(judge, joint.generate(x, y, masks=tried.masks)),
+                }
+                for attack, result in (*found.items(), (WORST, np.logical_and.reduce(list(found.values())))):
+                    row(training, mask, attack, radius, result)
+            tick(f"{training}, mask: {mask}", 0.15 if mask == SEGMENTER else 0.075)
     return pd.DataFrame(rows)
 
 
@@ -212,10 +206,20 @@ def _map_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _inputs(data: Batch, mask: str, seed: int) -> Tensor:
     """What the classifier is given: the images, with masks of that kind as a fourth channel."""
-    if mask == NONE:
+    if mask in (NONE, SEGMENTER):
         return data.images
     masks = _masks(data)
     return with_masks(data.images, masks if mask == OBJECT else random_masks(masks, mask.split()[1], seed=seed))
+
+
+def _defences(mask: str, segmenter: PyTorchSegmenter) -> tuple[ForegroundMask | None, ForegroundMask | None]:
+    """What masks the classifier's inputs, and the same for an attacker who takes the mask as fixed."""
+    if mask == NONE:
+        return None, None
+    if mask != SEGMENTER:
+        return ForegroundMask(), ForegroundMask()
+    through, fixed = (ForegroundMask(segmenter, foreground=[1], differentiate=yes) for yes in (True, False))
+    return through, fixed
 
 
 def _masks(data: Batch) -> Tensor:
