@@ -1,10 +1,10 @@
 """Can attention masks improve adversarial robustness? (Vaishnavi et al., arXiv 1911.11946), tried on drawn objects.
 
-Small classifiers learn the same objects behind different masks: none; the data set's masks of the objects; two
-controls of the same area (`ramdefense.baselines.random_masks`): the object's silhouette elsewhere, and a blob
-elsewhere. Each is trained plainly, then adversarially from there. One more learns behind the soft masks of a segmenter,
-which an attacker can move: it is tried by an attacker who takes the mask as fixed (the paper's), by PGD through the mask,
-and by PGD on segmenter and classifier together.
+Small classifiers learn the same objects behind different masks: none; the data set's masks of the objects; two controls
+of the same area (`ramdefense.baselines.random_masks`), the object's silhouette elsewhere and a blob elsewhere. Each is
+trained plainly, then adversarially from there. One more learns behind the soft masks of a segmenter, which an attacker
+can move. It is tried by an attacker who takes the mask as fixed (the paper's), by PGD through the mask, and by PGD on
+segmenter and classifier together.
 
 One more classifier sees nothing but the masks: how far the silhouette alone gives the class away. No attack on pixels
 reaches a mask that the data set gives, so that much is safe by construction and not by the classifier's merit.
