@@ -114,7 +114,7 @@ def test_extractors_that_are_not_frozen_learn() -> None:
     images, labels = data()
     model = fusion(frozen=False)
     before = model.extractors[0][0].weight.detach().clone()
-    start = float(model.eval().loss(model(images), labels))
+    start = model.eval().loss(model(images), labels).item()
     model.train().fit_all(images, labels, epochs=4, lr=1e-2, batch_size=16)
     assert model.training
     assert not torch.equal(model.extractors[0][0].weight, before)
