@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluation.papers import arnab, yuan
+from evaluation.papers import arnab, fusion, masks, yuan
 from evaluation.papers.claims import Paper, measured
 
 _HEADING = """# The papers, tried
@@ -21,6 +21,18 @@ def papers() -> list[Paper]:
     return [
         yuan.paper(measured("ram"), measured("ram-attacks")),
         arnab.paper(measured("arnab"), measured("arnab-scales")),
+        Paper(
+            "Vaishnavi, Cong, Eykholt, Prakash, Rahmati",
+            "Can Attention Masks Improve Adversarial Robustness?",
+            "arXiv 1911.11946",
+            tuple((claim, "evaluation.papers.masks.run") for claim in masks.claims(measured("masks"))),
+        ),
+        Paper(
+            "Akumalla, Haney, Bazhenov",
+            "Contextual Fusion For Adversarial Robustness",
+            "arXiv 2011.09526",
+            tuple((claim, "evaluation.papers.fusion.run") for claim in fusion.claims(measured("fusion"))),
+        ),
     ]
 
 
