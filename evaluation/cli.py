@@ -334,17 +334,19 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the table and the figures.")] = Path("runs/demo"),
     images: Annotated[int, typer.Option(help="How many scenes are attacked.")] = 4,
     max_iter: Annotated[int, typer.Option(help="Steps of each attack.")] = 50,
+    defence: Annotated[
+        list[str] | None, typer.Option(help="See `ramdefense defences`; repeatable. RAM at two T if not given.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """A patch attack on two small models and RAM against it, on drawn street scenes: no data needed."""
     with user_errors():
         from evaluation.experiment import evaluate as run
-        from ramdefense.defences import defence
 
         results = run(
             ["zoo:scenes-nonlocal", "zoo:scenes-cnn"],
             ["permute", "strip"],
-            {"ram": defence("ram"), "ram 3/N": defence("ram:max_attention=3/N")},
+            defence or ["ram", "ram:max_attention=3/N"],
             "scenes",
             images=images,
             max_iter=max_iter,

@@ -41,3 +41,16 @@ def test_a_registered_attack_and_defence_show_in_the_table(tmp_path, monkeypatch
     assert result.exit_code == 0, result.output
     assert "all-sky" in result.output
     assert "strict-ram" in result.output
+
+
+@pytest.mark.slow
+def test_the_baselines_stand_in_the_table_of_the_demo(tmp_path, monkeypatch) -> None:
+    from evaluation.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    (command,) = [line for b in _blocks("sh") for line in b.splitlines() if "demo --defence" in line]
+    _, *arguments = shlex.split(command)
+    result = CliRunner().invoke(app, [*arguments, "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert "multiscale" in result.output
+    assert "crf" in result.output
