@@ -544,10 +544,11 @@ class _Run:
             self.verdicts[model, defence] = found
 
         def look() -> bool:
-            if self.claims.marked(name):
-                take_in(None)  # another process has made them
-                return True
-            return False
+            # another process has made them; what they rest on may not have been looked at here yet
+            if not (self.claims.marked(name) and self._is_done(model)):
+                return False
+            take_in(None)
+            return True
 
         def check() -> None:
             self.tick(f"{model} · {defence} · checks", 0)
