@@ -342,11 +342,14 @@ def demo(
     """A patch attack on two small models and RAM against it, on drawn street scenes: no data needed."""
     with user_errors():
         from evaluation.experiment import evaluate as run
+        from ramdefense.defences import defence as by_name
 
+        # under a short name, so that the table fits on a narrow screen
+        usual = {"ram": by_name("ram"), "ram 3/N": by_name("ram:max_attention=3/N")}
         results = run(
             ["zoo:scenes-nonlocal", "zoo:scenes-cnn"],
             ["permute", "strip"],
-            defence or ["ram", "ram:max_attention=3/N"],
+            defence or usual,
             "scenes",
             images=images,
             max_iter=max_iter,
