@@ -22,7 +22,7 @@ _WIDTH = 48  # of the detector's features
 
 
 def small_vit(classes: int, size: int = 32, seed: int = 0) -> nn.Sequential:
-    """timm's ViT, three layers on patches of 4×4: images ``(N, 3, size, size)`` in ``[0, 1]`` → logits ``(N, classes)``.
+    """timm's ViT, three layers on patches of 4×4: images ``(N, 3, size, size)`` from 0 to 1 → ``(N, classes)``.
 
     Its attention has (size / 4)² + 1 keys, one for the class token: 65 at 32×32.
     """

@@ -1,4 +1,4 @@
-"""RAM (Yuan et al., arXiv 2401.01750) beyond segmentation: a classifier and a detector that attend, under ART's attacks.
+"""RAM (Yuan et al., arXiv 2401.01750) beyond segmentation: a classifier and a detector, under ART's attacks.
 
 The paper's claims are about segmentation and universal or single patches; those tried here are ours: what readers ask
 next. A small ViT learns to tell drawn objects, a small Faster R-CNN with a transformer backbone learns to find them;
@@ -16,7 +16,7 @@ those of the attack nor those of the score.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from art.attacks.evasion import AdversarialPatchPyTorch, ProjectedGradientDescent, UniversalPerturbation
 from art.estimators.classification import PyTorchClassifier
 from art.estimators.object_detection import PyTorchObjectDetector
-from torch import Tensor, nn
+from torch import nn
 from torchvision.ops import box_iou, masks_to_boxes
 
 from evaluation.items import Batch, stack_items
@@ -44,6 +44,8 @@ NONE = "none"
 CLEAN, GREY, PATCH, PGD, UNIVERSAL = "clean", "grey square", "universal patch", "PGD", "universal perturbation"
 NOTHING, ADAPTIVE, TRANSFERRED, WORST = "no attack", "adaptive", "transferred", "worst of two"
 
+#: Attacked images by attack and strength.
+Made = dict[tuple[str, float], np.ndarray]
 #: name → options of `harden`
 DEFENCES: dict[str, dict[str, Any]] = {"RAM, T = 16/N": {}, "RAM, T = 3/N": {"max_attention": "3/N"}}
 
@@ -116,42 +118,19 @@ def run(
             labels=learnt.labels[: effort.made_on],
             masks=None if learnt.masks is None else learnt.masks[: effort.made_on],
         )
-        transferred: dict[tuple[str, float], np.ndarray] = {}
+        transferred: Made | None = None
         for defence, options in {NONE: None, **DEFENCES}.items():
             defended = model if options is None else harden(model, seed=seed, example=kind.shape, **options)
             with _seeded(seed):
-                attacked = kind.attacked(defended, effort.draws if options is not None else 1)
+                attacked = kind.attacked(defended, 1 if options is None else effort.draws)
                 made = kind.attacks(attacked, some, tried, eps, universal_eps, effort)
-            judge = kind.estimator(defended)
-            drawn = scored_draws if options is not None else 1
-
-            def share(
-                x: np.ndarray, first: int, judge: Any = judge, drawn: int = drawn, kind: _Task = kind
-            ) -> np.ndarray:
-                return _right(judge, x, lambda found: kind.right(found, tried), range(first, first + drawn))
-
-            def row(attack: str, strength: float, how: str, right: np.ndarray, defence: str = defence) -> None:
+            scores = _Scores(kind, kind.estimator(defended), tried, 1 if options is None else scored_draws)
+            for attack, strength, how, right in scores.of(made, transferred):
                 rows.append(
                     {"task": task, "defence": defence, "attack": attack, "strength": strength, "made": how,
                      "accuracy": float(right.mean()), "images": len(right), "seed": seed}
                 )  # fmt: skip
-
-            row(CLEAN, 0.0, NOTHING, share(tried.images.numpy(), 0))
-            row(GREY, kind.area, NOTHING, share(kind.pasted(tried.images.numpy(), 0.5), 0))
-            for (attack, strength), images in made.items():
-                if options is None:
-                    transferred[attack, strength] = images
-                    row(attack, strength, ADAPTIVE, share(images, 0))
-                    continue
-                both = {ADAPTIVE: images, TRANSFERRED: transferred[attack, strength]}
-                scored = {how: share(x, 0) for how, x in both.items()}
-                chosen = {how: share(x, drawn) for how, x in both.items()}
-                better = chosen[TRANSFERRED] < chosen[ADAPTIVE]
-                if attack != PGD:
-                    better = np.full_like(better, chosen[TRANSFERRED].mean() < chosen[ADAPTIVE].mean())
-                scored[WORST] = np.where(better, scored[TRANSFERRED], scored[ADAPTIVE])
-                for how, right in scored.items():
-                    row(attack, strength, how, right)
+            transferred = transferred or made
             tick(f"{task}, defence: {defence}", 0.06 if options is None else 0.12)
     return pd.DataFrame(rows)
 
@@ -238,7 +217,7 @@ class _Task:
 
     def attacks(
         self, attacked: Any, some: Batch, tried: Batch, eps: Sequence[float], universal_eps: float, effort: Effort
-    ) -> dict[tuple[str, float], np.ndarray]:
+    ) -> Made:
         """Attacked images by attack and strength; universal ones are made on `some`, all are for `tried`."""
         x, y = tried.images.numpy(), self.truth(tried)
         patch = AdversarialPatchPyTorch(
@@ -287,7 +266,7 @@ class _Classification(_Task):
 
     def attacks(
         self, attacked: Any, some: Batch, tried: Batch, eps: Sequence[float], universal_eps: float, effort: Effort
-    ) -> dict[tuple[str, float], np.ndarray]:
+    ) -> Made:
         made = super().attacks(attacked, some, tried, eps, universal_eps, effort)
         inner = {"eps": universal_eps, "eps_step": universal_eps / 4, "max_iter": 5, "verbose": False}
         universal = UniversalPerturbation(
@@ -318,7 +297,7 @@ class _Detection(_Task):
         return [{name: value.numpy() for name, value in target.items()} for target in boxed(batch)]
 
     def right(self, found: list[dict[str, np.ndarray]], batch: Batch) -> np.ndarray:
-        return np.array([_is_found(one, target) for one, target in zip(found, boxed(batch), strict=True)])
+        return np.array([is_found(one, target) for one, target in zip(found, boxed(batch), strict=True)])
 
 
 def boxed(batch: Batch) -> list[Target]:
@@ -337,7 +316,7 @@ def boxed(batch: Batch) -> list[Target]:
     ]
 
 
-def _is_found(found: dict[str, np.ndarray], target: Target) -> bool:
+def is_found(found: dict[str, np.ndarray], target: Target) -> bool:
     """Whether a box of the right class has a score and an IoU of 0.5 at least."""
     if not len(found["boxes"]):
         return False
@@ -345,27 +324,49 @@ def _is_found(found: dict[str, np.ndarray], target: Target) -> bool:
     return bool(((overlap >= 0.5) & (found["scores"] >= 0.5) & (found["labels"] == target["labels"].item())).any())
 
 
-def _right(estimator: Any, x: np.ndarray, judged: Callable[[Any], np.ndarray], draws: range) -> np.ndarray:
-    """For each image, the share of draws on which the prediction is right, ``(N,)``.
+class _Scores:
+    """How often the predictions of one estimator are right, on draws that no attack saw.
 
-    An attack's draws are those of the model's own counter, from 0 on; those here are negative, so that none was seen.
+    An attack's draws are those of the model's own counter, from 0 on; those here are negative.
     """
-    found = []
-    for draw in draws:
-        with conditions(estimator.model, images=tuple(range(len(x))), draw=-1 - draw):
-            found.append(judged(estimator.predict(x, batch_size=len(x))))
-    return np.asarray(np.mean(found, axis=0))
+
+    def __init__(self, kind: _Task, estimator: Any, tried: Batch, draws: int) -> None:
+        self.kind, self.estimator, self.tried = kind, estimator, tried
+        self.scored, self.attackers = range(-draws, 0), range(-2 * draws, -draws)
+
+    def of(self, made: Made, transferred: Made | None) -> Iterator[tuple[str, float, str, np.ndarray]]:
+        """Attack, strength, how it was made, and for each image the share of draws on which the prediction is right."""
+        x = self.tried.images.numpy()
+        yield CLEAN, 0.0, NOTHING, self.right(x, self.scored)
+        yield GREY, self.kind.area, NOTHING, self.right(self.kind.pasted(x, 0.5), self.scored)
+        for (attack, strength), images in made.items():
+            adaptive = self.right(images, self.scored)
+            yield attack, strength, ADAPTIVE, adaptive
+            if transferred is None:
+                continue
+            other = transferred[attack, strength]
+            right = self.right(other, self.scored)
+            yield attack, strength, TRANSFERRED, right
+            mine, theirs = (self.right(given, self.attackers) for given in (images, other))
+            better = theirs < mine if attack == PGD else theirs.mean() < mine.mean()  # a universal one is one choice
+            yield attack, strength, WORST, np.where(better, right, adaptive)
+
+    def right(self, x: np.ndarray, draws: range) -> np.ndarray:
+        """For each image, the share of these draws on which the prediction is right, ``(N,)``."""
+        found = []
+        for draw in draws:
+            with conditions(self.estimator.model, images=tuple(range(len(x))), draw=draw):
+                found.append(self.kind.right(self.estimator.predict(x, batch_size=len(x)), self.tried))
+        return np.asarray(np.mean(found, axis=0))
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """ART's attacks draw from the generators of Python, numpy and torch; those are left as they were."""
-    before = random.getstate(), np.random.get_state()
+    """ART's attacks draw from Python's generator and from torch's; both are left as they were."""
+    before = random.getstate()
     random.seed(seed)
-    np.random.seed(seed)
     try:
         with seeded(seed):
             yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
+        random.setstate(before)

@@ -6,8 +6,12 @@ stream of its own (`ramdefense.streams`), so a batch that holds each image k tim
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
+
+Found = dict[str, Tensor] | list[dict[str, Tensor]]  # a torchvision detector's losses, or what it detects
 
 
 class MeanLogits(nn.Module):
@@ -37,12 +41,10 @@ class MeanLosses(nn.Module):
         super().__init__()
         self.model, self.draws = model, _checked(draws)
 
-    def forward(
-        self, images: Tensor, targets: list[dict[str, Tensor]] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    def forward(self, images: Tensor, targets: list[dict[str, Tensor]] | None = None) -> Found:
         if targets is None:
-            return self.model(images)  # type: ignore[no-any-return]
-        return self.model(torch.cat([images] * self.draws), list(targets) * self.draws)  # type: ignore[no-any-return]
+            return cast(Found, self.model(images))
+        return cast(Found, self.model(torch.cat([images] * self.draws), list(targets) * self.draws))
 
 
 def _checked(draws: int) -> int:
