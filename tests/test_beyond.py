@@ -231,6 +231,7 @@ def table(under_attack: tuple[float, float, float], clean: tuple[float, float, f
         ((0.2, 0.5, 0.6), (0.9, 0.88, 0.87), HOLDS, HOLDS),
         ((0.2, 0.22, 0.6), (0.9, 0.88, 0.7), IN_PART, IN_PART),
         ((0.2, 0.22, 0.1), (0.9, 0.7, 0.6), NOT, NOT),
+        ((0.2, 0.5, 0.6), (0.24, 0.22, 0.2), UNTRIED, HOLDS),  # the attack takes nothing
     ],
 )
 def test_claims(
@@ -250,6 +251,11 @@ def test_what_the_documentation_says_is_what_the_shipped_table_says() -> None:
         assert f"| {claim.claim} | {claim.ours} | {claim.verdict} |" in text
 
 
+def test_an_unknown_task_is_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match=r"tasks=\('depth',\)"):
+        beyond.run(tasks=("depth",))
+
+
 @pytest.mark.slow
 def test_the_trial_from_end_to_end() -> None:
     seen: list[float] = []
@@ -264,7 +270,7 @@ def test_the_trial_from_end_to_end() -> None:
     found = trial()
     assert sum(seen) == pytest.approx(1)
     assert ((found["accuracy"] >= 0) & (found["accuracy"] <= 1)).all()
-    # clean, grey, and four attacks for no defence; those attacks three times for each hardened model; UAP no boxes
-    assert len(found) == (2 + 4 + 2 * (2 + 12)) + (2 + 3 + 2 * (2 + 9))
+    # clean, grey, and four attacks for no defence (PGD at three radii); three times each for a hardened model
+    assert len(found) == (2 + 5 + 2 * (2 + 15)) + (2 + 3 + 2 * (2 + 9))
     assert len(beyond.claims(found)) == 8
     pd.testing.assert_frame_equal(trial(), found)
