@@ -487,8 +487,8 @@ class _Probe(Watch):
             for result, position in zip(results, _tensors((moved,)), strict=False):
                 self._traces[result] = _Trace(trace.call, position)
         elif not _mixes(name, trace.position) and not _gates(name, args, weights):
-            for result in results:  # element by element: dropout, casts, masks, scaling
-                if result.shape == weights.shape:
+            for result in results:  # element by element: dropout, casts, masks, scaling; comparisons, ranks: no weights
+                if result.shape == weights.shape and result.is_floating_point():
                     self._traces[result] = trace
 
 

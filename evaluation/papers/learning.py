@@ -16,7 +16,7 @@ WIDTH = 64  # features of `small_features`
 
 def small_features(seed: int = 0) -> nn.Sequential:
     """Four convolutions: images ``(N, 3, H, W)`` in ``[0, 1]`` → features ``(N, 64)``."""
-    with _seeded(seed):
+    with seeded(seed):
         return nn.Sequential(
             Centred(), conv(3, 16), conv(16, 32, stride=2), conv(32, 64, stride=2), conv(64, WIDTH),
             nn.AdaptiveMaxPool2d(1), nn.Flatten(),
@@ -25,13 +25,13 @@ def small_features(seed: int = 0) -> nn.Sequential:
 
 def small_classifier(classes: int, seed: int = 0) -> nn.Sequential:
     """`small_features` and a linear layer: logits ``(N, classes)``."""
-    with _seeded(seed):
+    with seeded(seed):
         return nn.Sequential(small_features(seed), nn.Linear(WIDTH, classes))
 
 
 def small_segmenter(seed: int = 0) -> nn.Sequential:
     """Background or object for each cell of 2×2 pixels: ``(N, 3, H, W)`` → logits ``(N, 2, H/2, W/2)``."""
-    with _seeded(seed):
+    with seeded(seed):
         return nn.Sequential(
             Centred(), conv(3, 16, stride=2), conv(16, 24), conv(24, 24, dilation=2), conv(24, 24, dilation=4),
             nn.Conv2d(24, 2, 1),
@@ -39,7 +39,7 @@ def small_segmenter(seed: int = 0) -> nn.Sequential:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Weights drawn in this context depend on the seed alone, and torch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
