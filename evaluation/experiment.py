@@ -306,8 +306,8 @@ class _Run:
             self.skipped.values(),
             key=lambda s: (list(self.segmenters).index(s.model), defences.index(s.defence), attacks.index(s.attack)),
         )
-        results.verdicts = [verdict for found in self.verdicts.values() for verdict in found]
-        results.verdicts = results.ordered().verdicts
+        checked = ((model, defence) for model in self.segmenters for defence in self.defences)
+        results.verdicts = [verdict for pair in checked for verdict in self.verdicts.get(pair, ())]
 
     def _is_done(self, model: str, attack: str | None = None) -> bool:
         """Whether all cells of an attack on a model are settled; of every attack, if none is given."""
