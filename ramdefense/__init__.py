@@ -11,10 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ramdefense.attention import refined_attention
     from ramdefense.defences import defence, register_defence
     from ramdefense.interception import AttentionSite, attention_sites
     from ramdefense.ram import HardenedModel, RAMDefense, harden
-    from ramdefense.refinement import Refinement, refine, refined_attention
+    from ramdefense.refinement import Refinement, refine
     from ramdefense.segmenter import PyTorchSegmenter, SegmenterMixin
     from ramdefense.traits import Conditions, NotApplicableError, Traits, conditions, traits_of
 
@@ -41,10 +42,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "attention": ["refined_attention"],
     "defences": ["defence", "register_defence"],
     "interception": ["AttentionSite", "attention_sites"],
     "ram": ["HardenedModel", "RAMDefense", "harden"],
-    "refinement": ["Refinement", "refine", "refined_attention"],
+    "refinement": ["Refinement", "refine"],
     "segmenter": ["PyTorchSegmenter", "SegmenterMixin"],
     "traits": ["Conditions", "NotApplicableError", "Traits", "conditions", "traits_of"],
 }

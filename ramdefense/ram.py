@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ramdefense.attention import Kernel, refined_attention
 from ramdefense.defended import DefendedSegmenter
 from ramdefense.interception import (
     SOFTMAX,
@@ -29,9 +30,9 @@ from ramdefense.interception import (
     matrix_shape,
     probe,
 )
-from ramdefense.refinement import Refinement, refine, refined_attention
+from ramdefense.refinement import Refinement, refine
 from ramdefense.segmenter import PyTorchSegmenter
-from ramdefense.streams import keep_mask
+from ramdefense.streams import Keep, keep_of
 from ramdefense.traits import Conditions, NotApplicableError, Traits
 
 Patterns = str | Sequence[str] | None

@@ -32,7 +32,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 SUPPRESSIONS = ("clamp", "cap", "temperature", "scale")
@@ -41,7 +40,7 @@ COMPENSATIONS = ("none", "rescale", "renormalise")
 
 _MULTIPLE = re.compile(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)\s*/\s*N\s*")
 _STOCHASTIC = ("cap", "temperature")  # rows that sum to 1, so T cannot be below 1/N
-_ROUNDING = 1e-6  # T·N this close to 1 means "uniform": 1/3 written in float32 is still a third
+UNIFORM = 1e-6  # T·N this close to 1 means "uniform": 1/3 written in float32 is still a third
 _ROUNDS = 12  # of `cap`, before a sort is the faster way
 _FAR = 1e30  # `temperature` tells no score that is so far below the largest from another such
 _SMALL_FLOATS = (torch.float16, torch.bfloat16)
@@ -78,7 +77,7 @@ class Refinement:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options as keyword arguments of `refine` and `refined_attention`."""
+        """The options as keyword arguments of `refine` and `attention.refined_attention`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
@@ -194,7 +193,7 @@ def suppress(
     keys = scores.shape[-1]
     if (value >= keys if multiple else value == 1) or scores.numel() == 0:
         return _softmax(scores)
-    if suppression in _STOCHASTIC and not multiple and value * keys < 1 - _ROUNDING:
+    if suppression in _STOCHASTIC and not multiple and value * keys < 1 - UNIFORM:
         raise ValueError(
             f"max_attention={max_attention!r} with suppression={suppression!r} and {keys} keys: rows that sum to 1 "
             f"have an element of at least 1/{keys} = {1 / keys:.4g}; raise max_attention (or give '1/N' or more), "
@@ -247,6 +246,14 @@ def _count_keys(scores: Tensor) -> int | Tensor:
     return (scores > -math.inf).sum(-1, keepdim=True)
 
 
+def row_threshold(max_attention: float | str, keys: int | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """T of rows with so many unmasked keys: a number for all rows, or a tensor like `keys`, of that dtype.
+
+    Not cut at 1 where `keys` is one number: a bound above 1 bounds nothing.
+    """
+    return _threshold(*_parse(max_attention), keys, dtype)
+
+
 def _threshold(value: float, multiple: bool, keys: int | Tensor, dtype: torch.dtype) -> float | Tensor:
     """T, for all rows or (…, queries, 1)."""
     if not multiple:
@@ -261,7 +268,7 @@ def _level(
     scores: Tensor, weights: Tensor, threshold: float | Tensor, keys: int | Tensor
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """Rows in which T allows the uniform distribution at best get it, from equal scores and with no bound left."""
-    tight = torch.as_tensor(keys * threshold <= 1 + _ROUNDING, device=scores.device)
+    tight = torch.as_tensor(keys * threshold <= 1 + UNIFORM, device=scores.device)
     if not tight.any():
         return scores, weights, threshold
     scores = scores.masked_fill(tight & (scores.detach() > -math.inf), 0)
@@ -556,82 +563,3 @@ def refine(
         raise ValueError(f"dropout={dropout!r} without keep: give the mask, for instance from sample_keep")
     weights = suppress(scores, max_attention, suppression, straight_through=straight_through)
     return weights if keep is None else drop(weights, dropout, keep=keep, unit=unit, compensate=compensate)
-
-
-def refined_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    max_attention: float | str = 1.0,
-    suppression: str = "clamp",
-    dropout: float = 0.0,
-    unit: str = "element",
-    compensate: str = "rescale",
-    keep: Tensor | None = None,
-    straight_through: bool = False,
-) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention`` with refined weights, and with all its other semantics.
-
-    The one door to refined attention. At T = 1 and p = 0 it is that function itself; otherwise it writes the matrix
-    (…, queries, keys), in float32 where the input is half.
-
-    Args:
-        q: (…, heads, queries, E).
-        k: (…, heads, keys, E); with ``enable_gqa`` its heads divide those of ``q``.
-        v: (…, heads, keys, Ev).
-        attn_mask: broadcasts to (…, queries, keys); bool (True takes part) or floating point (added to the scores).
-        dropout_p: the function's own dropout, from torch's default generator, after RAD.
-        is_causal: query i sees keys 0…i (counted from the top left, also where queries and keys differ in number).
-        scale: of the scores, 1/√E where it is None.
-        enable_gqa: each head of ``k`` and ``v`` serves a group of heads of ``q``.
-        max_attention, suppression, dropout, unit, compensate, keep, straight_through: see `refine`.
-
-    Returns:
-        (…, heads, queries, Ev) of the dtype of ``q``. A query that may see no key gets 0.
-
-    Raises:
-        TypeError, ValueError: as `refine`; ``attn_mask`` and ``is_causal`` together; heads that do not fit.
-    """
-    if attn_mask is not None and is_causal:
-        raise ValueError("attn_mask is given with is_causal=True: put the causal mask into attn_mask, or leave one out")
-    if keep is None and Refinement(max_attention, suppression, dropout, unit, compensate).neutral:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    if enable_gqa:
-        if q.shape[-3] % k.shape[-3] or k.shape[-3] != v.shape[-3]:
-            raise ValueError(
-                f"enable_gqa with {q.shape[-3]}, {k.shape[-3]} and {v.shape[-3]} heads of q, k and v: "
-                "k and v need the same number of heads, a divisor of that of q"
-            )
-        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-        v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
-    exact = torch.float32 if q.dtype in _SMALL_FLOATS else q.dtype
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = (q.to(exact) * scale) @ k.to(exact).transpose(-2, -1)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -math.inf)
-        else:
-            scores = scores + attn_mask.to(exact)
-    weights = refine(
-        scores,
-        max_attention=max_attention,
-        suppression=suppression,
-        dropout=dropout,
-        unit=unit,
-        compensate=compensate,
-        keep=keep,
-        straight_through=straight_through,
-    )
-    if dropout_p > 0:
-        weights = F.dropout(weights, dropout_p)
-    return weights.to(v.dtype) @ v

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from torch import Tensor
 
+from ramdefense.attention import refined_attention
 from ramdefense.refinement import (
     COMPENSATIONS,
     SUPPRESSIONS,
     Refinement,
     drop,
     refine,
-    refined_attention,
     resolve_max_attention,
     sample_keep,
     suppress,

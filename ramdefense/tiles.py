@@ -1,0 +1,186 @@
+"""Refined attention on a CPU without its matrix: tiles of whole rows, small enough to stay in the cache.
+
+A tile holds scores of some queries with all keys, so a row's bound is found as in `refinement`, in place. Between the
+passes a row is two numbers, a shift a and a top t, with which its weights are, before RAD,
+
+    P = t · min(e, 1),   e = exp(S − a).
+
+For `"clamp"` t = T and a = L + ln T, L the log-sum-exp of the row: min(softmax(S), T). For `"cap"` a is lower by ln λ,
+where λ makes min(λA, T) sum to 1. With F = e where e ≤ 1, else 0, G the gradient at P, already times t, the gradient at
+S is F·G − e·t·ΣFG (clamp) and F·G − F·(ΣFG / ΣF) (cap): the backward pass makes a tile again from its two numbers.
+Everything else (`"scale"`, `"temperature"`, `"renormalise"`, and rows that only `refinement` settles exactly) goes
+through `refine` tile after tile, forwards and, with autograd, backwards.
+
+RAD's mask is read from its streams in memory order, in the backward pass once more; nothing of it is kept. Memory is
+O(queries + keys) and four tiles, whatever the options.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ramdefense.rows import Call, Rows, rows_of
+
+_ELEMENTS = 1 << 18  # of a tile: with its like, in the cache of a core; smaller ones make matrix products slow
+_ROWS = 32  # at least, however long a row is
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+    """Refined attention.
+
+    Args:
+        q: (B, H, M, E), floating point.
+        k: (B, H, N, E).
+        v: (B, H, N, Ev).
+        call: the options.
+        scale: of the scores.
+
+    Returns:
+        (B, H, M, Ev) of the dtype of `q`, and (B, H, M, 2), the shift and the top of each row for `pull_back`: NaN
+        where it has to go through `refine`; float32, or float64 with `q`.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    queries, keys = (q.to(wide) * scale).contiguous(), k.to(wide).transpose(-2, -1).contiguous()
+    values, _ = _values(v.to(wide), call)
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=wide)
+    numbers = torch.empty((*q.shape[:-1], 2), dtype=wide)
+    work, rows = _Work(call, wide), rows_of(call, wide)
+    for tile in _tiles(call.shape):
+        here, columns = tile.of(queries), tile.all(keys)
+        scores = work.scores(tile, here, columns)
+        found = rows.bound(scores, tile.of(numbers)) if call.closed else None
+        if found is None:
+            scores = call.refined(work.scores(tile, here, columns), _keep(rows, tile, scores, call))
+            tile.of(numbers).fill_(math.nan)
+        torch.bmm(scores, tile.all(values), out=tile.of(out))
+        if found is not None:
+            tile.of(out).mul_(found.mul_(call.factor))
+    return out.to(q.dtype), numbers
+
+
+def pull_back(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, call: Call, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients at q, k and v of `attend`, from the gradient (B, H, M, Ev) at its result and from its `numbers`."""
+    wide = numbers.dtype
+    queries, keys = (q.to(wide) * scale).contiguous(), k.to(wide).contiguous()
+    columns = keys.transpose(-2, -1).contiguous()
+    values, key_keep = _values(v.to(wide), call)
+    values = values.transpose(-2, -1).contiguous()
+    grad = grad.to(wide).contiguous()
+    at_q = torch.empty_like(queries)
+    at_k = torch.zeros(k.shape, dtype=wide)
+    at_v = torch.zeros(v.shape, dtype=wide)
+    work, rows = _Work(call, wide), rows_of(call, wide)
+    for tile in _tiles(call.shape):
+        here, pulled, own = tile.of(queries), tile.of(grad), tile.of(numbers)
+        scores = work.scores(tile, here, tile.all(columns))
+        refined = bool(own.isnan().any())
+        if not refined:
+            pulled = pulled * (own[..., 1:] * call.factor)
+        slope = torch.bmm(pulled, tile.all(values), out=work.slope(tile))
+        if refined:
+            keep = _keep(rows, tile, scores, call)
+            with torch.enable_grad():
+                leaf = scores.clone().requires_grad_()
+                weights = call.refined(leaf, keep)
+            (slope,) = torch.autograd.grad(weights, leaf, slope)
+            scores = weights.detach()
+        else:
+            rows.pull(scores, slope, own)
+        tile.all(at_v).baddbmm_(scores.transpose(1, 2), pulled)
+        torch.bmm(slope, tile.all(keys), out=tile.of(at_q))
+        tile.all(at_k).baddbmm_(slope.transpose(1, 2), here)
+    if key_keep is not None:
+        at_v *= key_keep
+    return at_q.mul_(scale).to(q.dtype), at_k.to(k.dtype), at_v.to(v.dtype)
+
+
+def _values(v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """The values, and RAD's mask over keys, (B, H, N, 1), which is one over values; None where it has none."""
+    keep = call.keep
+    if keep is None or keep.unit != "key" or not call.closed:
+        return v.contiguous(), None
+    key_keep = keep.mask().view(*call.shape[:2], call.shape[3], 1)
+    return (v * key_keep).contiguous(), key_keep
+
+
+def _keep(rows: Rows, tile: _Tile, scores: Tensor, call: Call) -> Tensor | None:
+    """RAD's mask of a tile as `refine` takes it."""
+    if call.keep is None or call.keep.unit == "element":
+        return rows.keep(scores.shape)
+    if call.closed:  # the values are masked already
+        return torch.ones(1, 1, dtype=torch.bool)
+    return tile.all(call.keep.mask().view(*call.shape[:2], 1, call.shape[3]))
+
+
+# ----------------------------------------------------------------------------------------------------------- tiles
+
+
+class _Tile(NamedTuple):
+    """A part of (B, H, M, …): some images with all heads, or some heads of an image, or some rows of a head."""
+
+    images: slice
+    heads: slice
+    rows: slice
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its rows of a contiguous (B, H, M, …): a view (matrices, rows, …)."""
+        return tensor[self.images, self.heads, self.rows].flatten(0, 1)
+
+    def all(self, tensor: Tensor) -> Tensor:
+        """All that its matrices have of a contiguous (B, H, …): a view (matrices, …)."""
+        return tensor[self.images, self.heads].flatten(0, 1)
+
+
+def _tiles(shape: tuple[int, int, int, int]) -> Iterator[_Tile]:
+    """The tiles of a (B, H, M, N) in memory order."""
+    images, heads, queries, keys = shape
+    rows = max(_ELEMENTS // keys, _ROWS)
+    if rows < 2 * queries:
+        rows, several, many = min(rows, queries), 1, 1
+    else:
+        rows, matrices = queries, rows // queries
+        several = min(heads, matrices)
+        many = max(matrices // heads, 1) if several == heads else 1
+    for image in range(0, images, many):
+        for head in range(0, heads, several):
+            for row in range(0, queries, rows):
+                yield _Tile(slice(image, image + many), slice(head, head + several), slice(row, row + rows))
+
+
+class _Work:
+    """Memory that the tiles of one call use one after the other."""
+
+    def __init__(self, call: Call, dtype: torch.dtype) -> None:
+        self._call, self._dtype = call, dtype
+        self._memory: dict[str, Tensor] = {}
+
+    def scores(self, tile: _Tile, queries: Tensor, columns: Tensor) -> Tensor:
+        scores = torch.bmm(queries, columns, out=self._take("scores", tile))
+        mask = self._call.attn_mask
+        if mask is not None:
+            part = mask.expand(self._call.shape)[tile.images, tile.heads, tile.rows].reshape(scores.shape)
+            if part.dtype == torch.bool:
+                scores.masked_fill_(~part, -math.inf)
+            else:
+                scores += part
+        if self._call.is_causal:
+            first, (rows, keys) = tile.rows.start, scores.shape[1:]
+            scores.masked_fill_(torch.arange(keys) > torch.arange(first, first + rows)[:, None], -math.inf)
+        return scores
+
+    def slope(self, tile: _Tile) -> Tensor:
+        return self._take("slope", tile)
+
+    def _take(self, name: str, tile: _Tile) -> Tensor:
+        images, heads, rows = (len(range(size)[part]) for size, part in zip(self._call.shape, tile, strict=False))
+        shape = images * heads, rows, self._call.shape[3]
+        if name not in self._memory:  # the first tile is the largest
+            self._memory[name] = torch.empty(math.prod(shape), dtype=self._dtype)
+        return self._memory[name][: math.prod(shape)].view(shape)
