@@ -125,6 +125,7 @@ def forward(
     """
     from ramdefense import triton_kernels
 
+    q, k, v = (_within_reach(tensor) for tensor in (q, k, v))
     call = _Call(
         q, k, v, attn_mask, scale, is_causal, max_attention, multiple, suppression, dropout, unit, compensate, seeds
     )
@@ -178,6 +179,7 @@ def backward(
     """
     from ramdefense import triton_kernels
 
+    grad_out, q, k, v = (_within_reach(tensor) for tensor in (grad_out, q, k, v))
     call = _Call(
         q, k, v, attn_mask, scale, is_causal, max_attention, multiple, suppression, dropout, unit, compensate, seeds
     )
@@ -259,6 +261,11 @@ class _Call:
         }
 
 
+def _within_reach(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where 32 bits do not count the elements from a matrix's first row to its last."""
+    return tensor if tensor.shape[2] * tensor.stride(2) < 2**31 else tensor.contiguous()
+
+
 def _padded(width: int) -> int:
     """The next power of two from 16, the least that the matrix units take."""
     return max(16, 1 << (width - 1).bit_length())
@@ -278,6 +285,7 @@ def _launch(tiles: Tiles) -> dict[str, int]:
         "BLOCK_N": tiles.keys,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
+        "enable_fp_fusion": True,  # as Triton does by itself before 3.10
     }
 
 

@@ -77,7 +77,7 @@ def column_words(columns):
 @triton.jit
 def kept(a, b, columns, dropped):
     """Whether the elements are kept; ``dropped`` is the probability in units of 2⁻¹⁶."""
-    return column_words(columns) * a + b >= dropped.to(tl.uint32) << 16
+    return column_words(columns) * a + b >= tl.cast(dropped, tl.uint32) << 16
 
 
 # ------------------------------------------------------------------------------------------------------- the scores
