@@ -291,4 +291,31 @@ def _launch(tiles: Tiles) -> dict[str, int]:
 
 def tiles_for(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """The tiles of a kernel (``"forward"``, ``"backward_q"`` or ``"backward_kv"``), by the larger of E and Ev."""
-    return Tiles(64, 64, 4, 2) if dtype != torch.float32 else Tiles(32, 32, 4, 2)
+    hopper = (9, 0) <= capability < (12, 0)  # those after it have the shared memory of the cards before it
+    table = _TILES[hopper, dtype == torch.float32][kernel]
+    return table[0 if width <= 32 else 1 if width <= 64 else 2]
+
+
+# For E up to 32, 64 and 128: as large as the compiler takes them without moving registers to memory, or nearly.
+_TILES: dict[tuple[bool, bool], dict[str, tuple[Tiles, Tiles, Tiles]]] = {
+    (True, False): {
+        "forward": (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
+        "backward_q": (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3)),
+        "backward_kv": (Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 3), Tiles(32, 64, 8, 2)),
+    },
+    (False, False): {
+        "forward": (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
+        "backward_q": (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)),
+        "backward_kv": (Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 3), Tiles(32, 64, 8, 2)),
+    },
+    (True, True): {
+        "forward": (Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 2)),
+        "backward_q": (Tiles(64, 32, 8, 2), Tiles(64, 16, 4, 2), Tiles(16, 16, 4, 1)),
+        "backward_kv": (Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    },
+    (False, True): {
+        "forward": (Tiles(128, 32, 8, 2), Tiles(64, 16, 4, 2), Tiles(32, 16, 4, 2)),
+        "backward_q": (Tiles(32, 16, 4, 2), Tiles(32, 32, 8, 2), Tiles(16, 16, 4, 1)),
+        "backward_kv": (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    },
+}

@@ -89,3 +89,82 @@ def test_forward_and_gradients_against_float64(name: str) -> None:
     dtype = case.get("dtype", "float32")
     assert answer["dtypes"] == [f"torch.{dtype}"] * 4
     assert max(answer["errors"]) < HALF.get(dtype, 1e-6) * case.get("wide", 1), answer["errors"]
+
+
+# ------------------------------------------------------------------------------------------------- the compiler alone
+
+
+def compiled(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int], **changes: object) -> object:
+    """The kernel as for a GPU of that compute capability, for the tiles of that head dimension."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ramdefense import triton_kernels
+
+    function = getattr(triton_kernels, kernel)
+    tiles = triton_attention.tiles_for(kernel, width, dtype, capability)
+    half = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    fixed: dict = dict.fromkeys(("stride_qe", "stride_ke", "stride_ve", "stride_ge"), 1)
+    fixed |= {"E": width, "EV": width, "E2": width, "EV2": width, "BOUND": 1, "MASK": 0, "CAUSAL": False, "RAD": 1}
+    fixed |= {"MULTIPLE": True, "PLAIN": False, "STRAIGHT": False, "PRECISION": "ieee" if half != "fp32" else "tf32x3"}
+    fixed |= {"BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, **changes}
+    kinds = {"SEEDS": "*i64", "STATS": "*fp32", "SHARE": "*fp32", "MASK_": "*u8" if fixed["MASK"] == 1 else f"*{half}"}
+    kinds |= dict.fromkeys(("Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV"), f"*{half}")
+    kinds |= dict.fromkeys(("scale", "factor", "value", "natural"), "fp32")
+    names = function.arg_names
+    signature = {name: "constexpr" if name in fixed else kinds.get(name, "i32") for name in names}
+    even = [name for name in names if signature[name][0] == "*" or (name.startswith("stride") and name not in fixed)]
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={name: fixed[name] for name in names if name in fixed},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in even},
+    )
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32), options=options)
+
+
+KERNELS = ("forward", "backward_q", "backward_kv")
+SHARED = {(8, 0): 163 << 10, (8, 6): 99 << 10, (9, 0): 227 << 10}  # bytes that one program can have
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles_without_a_gpu(
+    kernel: str, capability: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = compiled(kernel, 64, torch.bfloat16, capability)
+    assert made.metadata.shared <= SHARED[capability]
+    assert ("wgmma" in made.asm["ptx"]) == (capability == (9, 0))  # Hopper's own matrix instructions
+    assert made.asm["cubin"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"BOUND": 0, "MASK": 1, "RAD": 2, "PLAIN": True, "STRAIGHT": True, "MULTIPLE": False},
+        {"BOUND": 2, "MASK": 2, "RAD": 0},
+        {"BOUND": 3, "CAUSAL": True, "queries": 1, "keys": 1, "heads": 1, "dropped": 1, "size": 1, "per_stream": 1},
+    ],
+)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_branch_compiles(
+    kernel: str, changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with numbers that are 1: Triton compiles these in, as it does on a GPU."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert compiled(kernel, 32, torch.float16, (8, 0), **changes).asm["cubin"]
+
+
+def test_tiles_fit_every_card() -> None:
+    """The matrix unit's least tile is 16, that of Hopper 64 rows for a group of four warps."""
+    for capability in SHARED:
+        for dtype in triton_attention.DTYPES:
+            for kernel in KERNELS:
+                for width in (1, 32, 33, 64, 65, 128):
+                    tiles = triton_attention.tiles_for(kernel, width, dtype, capability)
+                    assert min(tiles.queries, tiles.keys) >= 16
+                    assert tiles.warps in (4, 8)
