@@ -27,7 +27,7 @@ bench: install
 install: $(VENV)/.installed
 
 # uv installs in a minute what takes pip five, and lifts torchattacks' pin of an old `requests`.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml ramdefense/_rows.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -41,7 +41,8 @@ def unfused_because(
     if q.device.type == "cpu":
         return None
     options = {name: getattr(refinement, name) for name in ("suppression", "dropout", "compensate")}
-    matrices = (_four(tensor, tensor.shape[:-2]) for tensor in (q, k, v))
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    matrices = (_four(tensor, lead) for tensor in (q, k, v))
     if q.is_cuda and triton_attention.supports(*matrices, attn_mask, **options):
         return None
     return f"{q.device.type} has no kernel for {q.dtype} with {options}"
@@ -215,8 +216,7 @@ def _named(
 def _attend_shapes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     if q.is_cuda:
-        kept = triton_attention.numbers_kept(*options[4:6], options[-1])
-        return out, q.new_empty((kept, *q.shape[:-1]), dtype=torch.float32)
+        return out, q.new_empty((triton_attention.NUMBERS, *q.shape[:-1]), dtype=torch.float32)
     return out, q.new_empty((*q.shape[:-1], 2), dtype=torch.promote_types(q.dtype, torch.float32))
 
 

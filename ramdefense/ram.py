@@ -97,6 +97,8 @@ class HardenedModel(nn.Module):
         model: the copy.
         refinement: the options.
         seed: of the masks.
+        kernel: how scaled_dot_product_attention is refined, "auto", "plain" or "fused"; see `refined_attention`. What a
+            model writes out as a softmax has its matrix already.
         sites: the sites that are refined; empty before the first forward pass where no example was given.
         refined_calls: how many calls the last forward pass refined.
         traits, conditions: see `ramdefense.traits`.
@@ -116,6 +118,7 @@ class HardenedModel(nn.Module):
         self.model = model
         self.refinement = refinement
         self.seed = seed
+        self.kernel: Kernel = "auto"
         self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
         self.conditions = Conditions()
         self.refined_calls = 0
@@ -184,7 +187,14 @@ class HardenedModel(nn.Module):
             draw, self._draws = self._draws, self._draws + 1
         needs_graph = torch.is_grad_enabled() or (tensor is not None and tensor.requires_grad)
         return _Refining(
-            self.refinement, self._decide, self.seed, draw, images, given.straight_through, recomputable=needs_graph
+            self.refinement,
+            self._decide,
+            self.seed,
+            draw,
+            images,
+            given.straight_through,
+            kernel=self.kernel,
+            recomputable=needs_graph,
         )
 
     def _run(self, watch: _Refining, tensor: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -249,10 +259,12 @@ class _Refining(Watch):
         images: tuple[int, ...],
         straight_through: bool,
         *,
+        kernel: Kernel,
         recomputable: bool,
     ) -> None:
         super().__init__()
         self.refinement, self.decide = refinement, decide
+        self.kernel = kernel
         self.seed, self.draw, self.images = seed, draw, images
         self.straight_through = straight_through
         self.recomputable = recomputable
@@ -267,6 +279,7 @@ class _Refining(Watch):
             self.draw,
             self.images,
             self.straight_through,
+            kernel=self.kernel,
             recomputable=self.recomputable,
         )
         other.counts = dict(counts)
@@ -275,16 +288,18 @@ class _Refining(Watch):
     def attend(self, call: Call, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, options: Any) -> Any:
         if not self._refines(call):
             return function(q, k, v, **options)
-        keep = self._keep(call, matrix_shape(q, k), q.device)
-        own = self.refinement.options
-        return refined_attention(q, k, v, **options, **own, keep=keep, straight_through=self.straight_through)
+        keep, own = self._keep(call, matrix_shape(q, k)), self.refinement.options
+        return refined_attention(
+            q, k, v, **options, **own, keep=keep, straight_through=self.straight_through, kernel=self.kernel
+        )
 
     def soften(self, call: Call, function: Callable[[], Tensor], scores: Tensor, dim: int, dtype: Any) -> Tensor:
         if not self._refines(call):
             return function()
         scores = (scores if dtype is None else scores.to(dtype)).movedim(dim, -1)
-        keep = self._keep(call, scores.shape, scores.device)
-        weights = refine(scores, **self.refinement.options, keep=keep, straight_through=self.straight_through)
+        keep = self._keep(call, scores.shape)
+        mask = None if keep is None else keep.mask(scores.device)
+        weights = refine(scores, **self.refinement.options, keep=mask, straight_through=self.straight_through)
         return weights.movedim(-1, dim)
 
     def _refines(self, call: Call) -> bool:
@@ -292,10 +307,10 @@ class _Refining(Watch):
         self.refined += wanted
         return wanted and not self.refinement.neutral  # neutral: the fused kernel is as good
 
-    def _keep(self, call: Call, shape: Sequence[int], device: torch.device) -> Tensor | None:
+    def _keep(self, call: Call, shape: Sequence[int]) -> Keep | None:
         if self.refinement.dropout == 0:
             return None
-        return keep_mask(
+        return keep_of(
             shape,
             self.refinement.dropout,
             seed=self.seed,
@@ -304,7 +319,6 @@ class _Refining(Watch):
             site=call.module,
             call=call.occurrence,
             unit=self.refinement.unit,
-            device=device,
         )
 
 

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ramdefense import counter
+
 #: The stream of a matrix that all images of a batch share (it has no part that belongs to one image).
 SHARED = -1
 
-_LEVELS = 1 << 16  # an element costs 16 random bits, so a probability is a multiple of 2**-16
+_LEVELS = counter.LEVELS  # an element costs 16 random bits, so a probability is a multiple of 2**-16
 _PER_WORD = 4  # elements that a draw of 64 bits makes
 
 
@@ -54,11 +56,15 @@ class Keep:
         """The whole mask, bool, True is kept; see `keep_mask` for its shape."""
         drawn = self.drawn
         size = math.prod(drawn)
-        bits = torch.empty(len(self.seeds), -(-size // _PER_WORD), dtype=torch.int64, device=device)
-        generator = torch.Generator(device=device)
-        for row, seed in zip(bits, self.seeds, strict=True):
-            draw_words(row, generator.manual_seed(seed))
-        keep = bits.view(torch.int16)[:, :size] >= drop_level(self.p)
+        if torch.device(device).type == "cpu":
+            bits = torch.empty(len(self.seeds), -(-size // _PER_WORD), dtype=torch.int64)
+            generator = torch.Generator()
+            for row, seed in zip(bits, self.seeds, strict=True):
+                draw_words(row, generator.manual_seed(seed))
+            keep = bits.view(torch.int16)[:, :size] >= drop_level(self.p)
+        else:
+            seeds = torch.tensor(self.seeds, device=device)
+            keep = counter.keep(seeds, size // drawn[-1], drawn[-1], counter.levels_dropped(self.p))
         keep = keep.view(len(self.seeds), *drawn)
         if len(self.shape) == 2 and self.unit == "key":  # the rows of a two-dimensional matrix belong to images, too
             keep = keep.expand(len(self.seeds), self.shape[0] // len(self.seeds), self.shape[1])
@@ -119,7 +125,7 @@ def draw_words(words: Tensor, generator: torch.Generator) -> None:
 
 def drop_level(p: float) -> int:
     """The 16 bits of an element, as a signed number, below which it is dropped."""
-    return min(round(p * _LEVELS), _LEVELS - 1) - _LEVELS // 2
+    return counter.levels_dropped(p) - _LEVELS // 2
 
 
 def keep_mask(
@@ -137,7 +143,8 @@ def keep_mask(
     """Draw the mask of one attention matrix: True is kept, with probability 1 - p.
 
     Args:
-        device: where the mask is made. A CPU and a GPU have different streams.
+        device: where the mask is made. A CPU takes its masks from a generator, other devices theirs from `counter`,
+            whose bits the kernels of refined attention make again; the two differ.
         shape, p, seed, draw, images, site, call, unit: see `keep_of`.
 
     Shape:
