@@ -1,16 +1,19 @@
 """Refined attention without its matrix as an operator of PyTorch, `torch.ops.ramdefense.refined_attention`.
 
 Seen from outside it is one function with a gradient, so `torch.compile` and autocast leave it whole. `fused_attention`
-brings any shape that attends into its four dimensions.
+brings any shape that attends into its four dimensions; what has to go through autograd tile after tile (`rows.Call.closed`)
+is an autograd function instead.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ramdefense import tiles, triton_attention
 from ramdefense.refinement import Refinement
@@ -42,8 +45,8 @@ def unfused_because(
         return None
     options = {name: getattr(refinement, name) for name in ("suppression", "dropout", "compensate")}
     lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-    matrices = (_four(tensor, lead) for tensor in (q, k, v))
-    if q.is_cuda and triton_attention.supports(*matrices, attn_mask, **options):
+    q, k, v = (_four(tensor, lead) for tensor in (q, k, v))
+    if q.is_cuda and triton_attention.supports(q, k, v, attn_mask, **options):
         return None
     return f"{q.device.type} has no kernel for {q.dtype} with {options}"
 
@@ -63,8 +66,15 @@ def fused_attention(
     lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     if attn_mask is not None:
         attn_mask = _four(attn_mask if attn_mask.dim() > 1 else attn_mask[None], lead)
+    q, k, v = (_four(tensor, lead) for tensor in (q, k, v))
+    shape = (*q.shape[:3], k.shape[2])
+    call = Call(shape, attn_mask, is_causal, refinement, _flat(keep, shape), straight_through)
+    if q.device.type == "cpu" and not call.closed:
+        return _Tiled.apply(q, k, v, call, scale).view(*lead, *q.shape[-2:-1], v.shape[-1])
     out, _ = torch.ops.ramdefense.refined_attention(
-        *(_four(tensor, lead) for tensor in (q, k, v)),
+        q,
+        k,
+        v,
         attn_mask,
         None if keep is None else torch.tensor(keep.seeds),
         is_causal,
@@ -86,14 +96,52 @@ def _four(tensor: Tensor, lead: torch.Size) -> Tensor:
     return tensor.expand(*lead, rows, columns).reshape(math.prod(lead) // heads, heads, rows, columns)
 
 
+def _flat(keep: Keep | None, shape: tuple[int, int, int, int]) -> Keep | None:
+    """The same mask for a matrix in four dimensions; the first and second are one to it."""
+    batch, heads, queries, keys = shape
+    return None if keep is None else replace(keep, shape=(batch * heads, queries, keys))
+
+
+class _Tiled(torch.autograd.Function):
+    """Tiles that go through autograd one after the other, which an operator cannot."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> Tensor:
+        out, numbers = tiles.attend(q, k, v, call, scale)
+        ctx.save_for_backward(q, k, v, numbers)
+        ctx.call, ctx.scale = call, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*tiles.pull_back(grad, *ctx.saved_tensors, ctx.call, ctx.scale), None, None)
+
+
 def _written(max_attention: float | str) -> str:
     return max_attention if isinstance(max_attention, str) else repr(float(max_attention))
 
 
 # ------------------------------------------------------------------------------------------------------ the operators
 
+# written out: torch.library.custom_op would infer it, and import the compiler at the first call, which takes seconds
+_OPTIONS = (
+    "bool is_causal, float scale, str max_attention, str suppression, float dropout, str unit, str compensate, "
+    "bool straight_through"
+)
+_LIBRARY = torch.library.Library("ramdefense", "DEF")
+_LIBRARY.define(
+    f"refined_attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? seeds, {_OPTIONS}) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "refined_attention_backward(Tensor grad, Tensor out, Tensor numbers, Tensor q, Tensor k, Tensor v, "
+    f"Tensor? attn_mask, Tensor? seeds, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
-@torch.library.custom_op("ramdefense::refined_attention", mutates_args=(), device_types="cpu")
+
+@torch.library.impl("ramdefense::refined_attention", "CPU", lib=_LIBRARY)
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -117,7 +165,7 @@ def _attend(
     return tiles.attend(q, k, v, call, scale)
 
 
-@torch.library.custom_op("ramdefense::refined_attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.impl("ramdefense::refined_attention_backward", "CPU", lib=_LIBRARY)
 def _pull_back(
     grad: Tensor,
     out: Tensor,
@@ -154,21 +202,21 @@ def _call(
     compensate: str,
     straight_through: bool,
 ) -> Call:
-    batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+    shape = (*q.shape[:3], k.shape[2])
     bound = max_attention if "/" in max_attention else float(max_attention)
     refinement = Refinement(bound, suppression, dropout, unit, compensate)
-    keep = None if seeds is None else Keep((batch * heads, queries, keys), dropout, tuple(seeds.tolist()), unit)
-    return Call((batch, heads, queries, keys), attn_mask, is_causal, refinement, keep, straight_through)
+    keep = None if seeds is None else Keep(shape, dropout, tuple(seeds.tolist()), unit)
+    return Call(shape, attn_mask, is_causal, refinement, _flat(keep, shape), straight_through)
 
 
-@_attend.register_kernel("cuda")
+@torch.library.impl("ramdefense::refined_attention", "CUDA", lib=_LIBRARY)
 def _attend_on_cuda(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, seeds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return triton_attention.forward(q, k, v, attn_mask, **_named(seeds, q.device, *options))
 
 
-@_pull_back.register_kernel("cuda")
+@torch.library.impl("ramdefense::refined_attention_backward", "CUDA", lib=_LIBRARY)
 def _pull_back_on_cuda(
     grad: Tensor,
     out: Tensor,
@@ -212,7 +260,7 @@ def _named(
     }
 
 
-@_attend.register_fake
+@torch.library.register_fake("ramdefense::refined_attention", lib=_LIBRARY)
 def _attend_shapes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     if q.is_cuda:
@@ -220,7 +268,7 @@ def _attend_shapes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tens
     return out, q.new_empty((*q.shape[:-1], 2), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@_pull_back.register_fake
+@torch.library.register_fake("ramdefense::refined_attention_backward", lib=_LIBRARY)
 def _pull_back_shapes(
     grad: Tensor, out: Tensor, numbers: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
@@ -234,10 +282,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and grad.requires_grad:
-        raise NotImplementedError("the fused kernel has no second derivative; use kernel='plain'")
     gradients = torch.ops.ramdefense.refined_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (*gradients, None, None, *(None for _ in ctx.options))
 
 
-_attend.register_autograd(_gradients, setup_context=_save)
+def _no_more(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("the fused kernel has no second derivative; call refined_attention with kernel='plain'")
+
+
+torch.library.register_autograd("ramdefense::refined_attention", _gradients, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("ramdefense::refined_attention_backward", _no_more, lib=_LIBRARY)

@@ -309,11 +309,15 @@ class _Cap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        capped, bounds = ctx.saved_tensors
-        free = capped * (capped < bounds).to(capped.dtype)
-        left = free.sum(-1, keepdim=True).clamp(min=torch.finfo(free.dtype).tiny)
-        pulled = grad * free
-        return pulled - free * (pulled.sum(-1, keepdim=True) / left), None, None
+        return pull_through_cap(grad, *ctx.saved_tensors), None, None
+
+
+def pull_through_cap(grad: Tensor, weights: Tensor, bounds: Tensor) -> Tensor:
+    """The gradient at the scores from that at the weights that `"cap"` made of them; ``bounds``: (…, queries, 1), T."""
+    free = weights * (weights < bounds).to(weights.dtype)
+    left = free.sum(-1, keepdim=True).clamp(min=torch.finfo(free.dtype).tiny)
+    pulled = grad * free
+    return pulled - free * (pulled.sum(-1, keepdim=True) / left)
 
 
 def _level_factor(weights: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ramdefense.refinement import UNIFORM, Refinement, refine, row_threshold
+from ramdefense.refinement import UNIFORM, Refinement, pull_through_cap, refine, row_threshold, suppress
 from ramdefense.streams import Keep, Reader, drop_level
 
 try:
     from ramdefense import _rows
-except ImportError:  # installed without a compiler
-    _rows = None
+except ImportError:
+    COMPILED = False  # installed without a compiler
+else:
+    COMPILED = True
 
 _ROUNDS = 12  # of Newton's steps for a cap; rows that take more are left to `refinement`
 
@@ -72,6 +74,28 @@ class Call:
         """The weights as `refinement` makes them."""
         return refine(scores, **self.refinement.options, keep=keep, straight_through=self.straight_through)
 
+    def threshold(self, scores: Tensor) -> tuple[float | Tensor, int | Tensor]:
+        """T of the rows, and how many of their keys are not masked: numbers where all are alike, else (…, rows, 1)."""
+        counted = (scores > -math.inf).sum(-1, keepdim=True) if self.masked else scores.shape[-1]
+        return row_threshold(self.refinement.max_attention, counted, scores.dtype), counted
+
+    def pull_refined(self, scores: Tensor, slope: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The weights of `refined`, and the gradient at the scores from that at the weights."""
+        if not self.closed:
+            with torch.enable_grad():
+                leaf = scores.clone().requires_grad_()
+                weights = self.refined(leaf, keep)
+            (slope,) = torch.autograd.grad(weights, leaf, slope)
+            return weights.detach(), slope
+        # only the cap leaves rows to `refinement`; written out, since an operator knows no autograd
+        threshold, counted = self.threshold(scores)
+        bounds = torch.as_tensor(threshold, dtype=scores.dtype).expand(*scores.shape[:-1], 1)
+        factor = self.factor if keep is None else keep.to(scores.dtype) * self.factor
+        weights = suppress(scores, self.refinement.max_attention, "cap")
+        uniform = torch.as_tensor(counted * threshold <= 1 + UNIFORM)
+        slope = pull_through_cap(slope * factor, weights, bounds).masked_fill(uniform, 0)
+        return weights * factor, slope
+
 
 class Rows(Protocol):
     """The rows of a call, tile after tile in memory order; RAD's streams are read on the way."""
@@ -93,7 +117,7 @@ class Rows(Protocol):
 
 def rows_of(call: Call, dtype: torch.dtype) -> Rows:
     """The fastest way for scores of that type."""
-    return PlainRows(call) if _rows is None or dtype != torch.float32 else CompiledRows(call)
+    return CompiledRows(call) if COMPILED and dtype == torch.float32 else PlainRows(call)
 
 
 # -------------------------------------------------------------------------------------------------- tensor operations
@@ -109,9 +133,7 @@ class PlainRows:
 
     def bound(self, scores: Tensor, numbers: Tensor) -> Tensor | None:
         call = self.call
-        keys = scores.shape[-1]
-        counted: int | Tensor = (scores > -math.inf).sum(-1, keepdim=True) if call.masked else keys
-        threshold = row_threshold(call.refinement.max_attention, counted, scores.dtype)
+        threshold, counted = call.threshold(scores)
         largest = scores.amax(-1, keepdim=True)
         if call.masked:
             largest.masked_fill_(largest == -math.inf, 0)

@@ -85,12 +85,7 @@ def pull_back(
             pulled = pulled * (own[..., 1:] * call.factor)
         slope = torch.bmm(pulled, tile.all(values), out=work.slope(tile))
         if refined:
-            keep = _keep(rows, tile, scores, call)
-            with torch.enable_grad():
-                leaf = scores.clone().requires_grad_()
-                weights = call.refined(leaf, keep)
-            (slope,) = torch.autograd.grad(weights, leaf, slope)
-            scores = weights.detach()
+            scores, slope = call.pull_refined(scores, slope, _keep(rows, tile, scores, call))
         else:
             rows.pull(scores, slope, own)
         tile.all(at_v).baddbmm_(scores.transpose(1, 2), pulled)
