@@ -164,8 +164,8 @@ def main() -> None:
     for dtype in (getattr(torch, text) for text in arguments.dtypes):
         found = rates(dtype, "cuda")
         table = Table(
-            title=f"{name}, {dtype}, batch {arguments.batch}, {arguments.heads} heads of {width}, T = {arguments.x:g}/N; "
-            f"{found.operations / 1e12:.0f} T operations/s, {found.bytes / 1e9:.0f} GB/s"
+            title=f"{name}, {dtype}, batch {arguments.batch}, {arguments.heads} heads of {width}, "
+            f"T = {arguments.x:g}/N; {found.operations / 1e12:.0f} T operations/s, {found.bytes / 1e9:.0f} GB/s"
         )
         for column in ("N", "contender", "ms", "ratio", "MiB", "ratio", "ceiling, ms", "reached"):
             table.add_column(column, justify="left" if column == "contender" else "right")
