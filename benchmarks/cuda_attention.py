@@ -3,7 +3,7 @@
     python benchmarks/cuda_attention.py [--sizes 1024 2048 4096 8192 16384] [--dtypes bfloat16 float16 float32]
 
 Each round runs every contender once, forward and backward, one after the other; shown are medians of a round's time and
-of its ratio to scaled_dot_product_attention, and the peak of memory above what the inputs and their gradients take.
+of its ratio to scaled_dot_product_attention, and the peak of memory above what the inputs take.
 Beside them the ceiling of attention itself: seven matrix products (two forward, five backward) at the rate of a large
 matrix product on this GPU, and its inputs and outputs once at the rate of a large copy; float32 counts a product as
 three of TF32 where these are faster. The kernels' own products: eleven, and one for each further step of `cap`.
@@ -164,8 +164,8 @@ def main() -> None:
     for dtype in (getattr(torch, text) for text in arguments.dtypes):
         found = rates(dtype, "cuda")
         table = Table(
-            title=f"{name}, {dtype}, batch {arguments.batch}, {arguments.heads} heads of {width}, T = {arguments.x:g}/N; "
-            f"{found.operations / 1e12:.0f} T operations/s, {found.bytes / 1e9:.0f} GB/s"
+            title=f"{name}, {dtype}, batch {arguments.batch}, {arguments.heads} heads of {width}, "
+            f"T = {arguments.x:g}/N; {found.operations / 1e12:.0f} T operations/s, {found.bytes / 1e9:.0f} GB/s"
         )
         for column in ("N", "contender", "ms", "ratio", "MiB", "ratio", "ceiling, ms", "reached"):
             table.add_column(column, justify="left" if column == "contender" else "right")

@@ -3,13 +3,14 @@
 The mathematics is in `triton_kernels`. Memory is O(N): beside the output 16 bytes for each query (24 with
 straight_through), and 4 more in the backward pass, whose sums have a fixed order: equal inputs give equal bytes.
 
-Checked in Triton's interpreter and compiled for the compute capabilities 8.0 and 9.0 on a machine without a GPU. The
-table of tile sizes comes from the compiler's report of registers and shared memory, not from timing; where there is a
-GPU, ``benchmarks/cuda_attention.py`` measures them.
+They have never run on a GPU: none was at hand. They were checked in Triton's interpreter, and compiled for the compute
+capabilities 8.0 and 9.0; the tile sizes follow the compiler's report of registers and shared memory, not timing. Where
+there is a GPU, ``pytest tests/test_triton.py`` checks them and ``benchmarks/cuda_attention.py`` measures them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -231,13 +232,13 @@ class _Call:
         self.value, self.multiple = float(max_attention), multiple and not free
         self.width = max(width, v.shape[-1])
         if attn_mask is None:
-            kind, mask, mask_strides = 0, q, (0, 0, 0, 0)
+            kind, mask = 0, q
         else:
             kind = 1 if attn_mask.dtype == torch.bool else 2
             mask = attn_mask.expand(batch, heads, queries, keys)
-            mask_strides, mask = mask.stride(), mask.view(torch.uint8) if kind == 1 else mask
+            mask = mask.view(torch.uint8) if kind == 1 else mask
         self.tensors = (q, k, v, mask, q if seeds is None else seeds)
-        self.strides = (*q.stride(), *k.stride(), *v.stride(), *mask_strides)
+        self.strides = (*q.stride(), *k.stride(), *v.stride(), *(mask.stride() if kind else (0, 0, 0, 0)))
         streams = 1 if seeds is None else len(seeds)
         rescale = dropout > 0 and compensate == "rescale"
         self.numbers = (
@@ -274,7 +275,7 @@ def _padded(width: int) -> int:
 
 
 def _on(q: Tensor) -> Any:
-    return torch.cuda.device(q.device) if q.is_cuda else torch.autograd.profiler.record_function("interpreter")
+    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()  # Triton's interpreter
 
 
 def _capability(q: Tensor) -> tuple[int, int]:

@@ -94,7 +94,7 @@ def load_rows(pointer, rows, columns, stride, stride_column, count, WIDTH: tl.co
 def masked_scores(
     s, rows, columns, mask, stride_row, stride_key, queries, keys, MASK: tl.constexpr, CAUSAL: tl.constexpr
 ):
-    """Scores of a tile, −inf where a key is masked or does not exist; ``rows`` and ``columns`` broadcast to the tile."""
+    """Scores of a tile, −inf where a key is masked or does not exist; ``rows``, ``columns`` broadcast to the tile."""
     if MASK != 0:
         inside = (rows < queries) & (columns < keys)
         offset = rows.to(tl.int64) * stride_row + columns.to(tl.int64) * stride_key
@@ -233,7 +233,7 @@ def forward(
     PLAIN: tl.constexpr,  # whether r and w of the softmax without a bound are kept, for straight through
     PRECISION: tl.constexpr,
 ):
-    """OUT (batch, heads, queries, EV), contiguous, and r, w, c, T of each row in STATS (4 or 6, batch, heads, queries)."""
+    """OUT (batch, heads, queries, EV), contiguous, and r, w, c, T of each row in STATS (K, batch, heads, queries)."""
     blocks = tl.cdiv(queries, BLOCK_M)
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks

@@ -6,12 +6,12 @@ The interpreter runs in one process for all cases, since Triton decides at its i
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,3 +168,107 @@ def test_tiles_fit_every_card() -> None:
                     tiles = triton_attention.tiles_for(kernel, width, dtype, capability)
                     assert min(tiles.queries, tiles.keys) >= 16
                     assert tiles.warps in (4, 8)
+
+
+# ------------------------------------------------------------------------------------------------- what is taken
+
+
+def fake(*shape: int, dtype: torch.dtype = torch.float16, **changes: object) -> SimpleNamespace:
+    """What `supports` asks a tensor on a GPU."""
+    own = {"shape": torch.Size(shape), "ndim": len(shape), "dtype": dtype, "is_cuda": True, "device": "cuda:0"}
+    return SimpleNamespace(**{**own, "requires_grad": False, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({}, True),
+        ({"attn_mask": fake(9, dtype=torch.bool)}, True),
+        ({"dropout": 0.5}, True),
+        ({"compensate": "renormalise"}, True),  # without RAD there is nothing to compensate
+        ({"compensate": "renormalise", "dropout": 0.5}, False),
+        ({"suppression": "temperature"}, False),
+        ({"q": fake(2, 3, 7, 16, is_cuda=False)}, False),
+        ({"q": fake(2, 3, 7, 16, dtype=torch.bfloat16)}, False),
+        ({"q": fake(2, 6, 7, 16)}, False),  # grouped heads
+        ({"q": fake(2, 3, 0, 16)}, False),
+        ({"q": fake(2, 3, 7, 160), "k": fake(2, 3, 9, 160)}, False),
+        ({"attn_mask": fake(7, 9, requires_grad=True)}, False),
+        ({"attn_mask": fake(7, 9, dtype=torch.int64)}, False),
+        ({"attn_mask": fake(7, 9, device="cpu")}, False),
+    ],
+)
+def test_supports(changes: dict, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_attention, "_usable", lambda device: True)
+    tensors = {"q": fake(2, 3, 7, 16), "k": fake(2, 3, 9, 16), "v": fake(2, 3, 9, 24), "attn_mask": None}
+    options = {"suppression": "cap", "dropout": 0.0, "compensate": "rescale"}
+    assert triton_attention.supports(**{**tensors, **options, **changes}) is taken
+
+
+def options_of(**changes: object) -> dict:
+    own = {"scale": 0.2, "is_causal": False, "max_attention": 3.0, "multiple": True, "suppression": "cap"}
+    own |= {"dropout": 0.1, "unit": "element", "compensate": "rescale", "seeds": None, "straight_through": False}
+    return {**own, **changes}
+
+
+@pytest.mark.parametrize("seeds", [None, torch.arange(2)])
+def test_seeds_that_do_not_fit_are_named(seeds: torch.Tensor | None) -> None:
+    q = torch.zeros(3, 1, 4, 16)
+    with pytest.raises(ValueError, match="for a batch of 3: give int64 seeds whose number divides it"):
+        triton_attention.forward(q, q, q, None, **options_of(seeds=seeds))
+
+
+# --------------------------------------------------------------------------------------------------------- on a GPU
+
+
+def on_gpu(size: int, dtype: torch.dtype, suppression: str, **changes: object) -> tuple[list, list]:
+    """Output and gradients of the kernels, and the same rows of the output and of dQ in float64."""
+    generator = torch.Generator("cuda").manual_seed(size)
+    q, k, v, grad = (torch.randn(1, 2, size, 64, device="cuda", generator=generator).to(dtype) for _ in range(4))
+    q *= 2
+    seeds = torch.tensor([123456789], device="cuda")
+    given = options_of(scale=0.125, suppression=suppression, seeds=seeds, **changes)
+    out, stats = triton_attention.forward(q, k, v, None, **given)
+    found = [out, *triton_attention.backward(grad, q, k, v, None, out, stats, **given)]
+    again = triton_attention.backward(grad, q, k, v, None, out, stats, **given)
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], again, strict=True)), "sums in another order"
+
+    rows = torch.arange(size, device="cuda") if size <= 2048 else torch.randperm(size, device="cuda")[:64]
+    keep = counter.keep(seeds, 2 * size, size, counter.levels_dropped(given["dropout"])).view(1, 2, size, size)
+    exact = [t.double().requires_grad_() for t in (q[:, :, rows], k, v)]
+    own = {name: given[name] for name in ("suppression", "dropout", "unit", "compensate", "straight_through", "scale")}
+    expected = refined_attention(*exact, **own, max_attention="3/N", keep=keep[:, :, rows])
+    expected.backward(grad[:, :, rows].double())
+    if size > 2048:
+        return [out[:, :, rows], found[1][:, :, rows]], [expected.detach(), exact[0].grad]
+    return found, [expected.detach(), *(t.grad for t in exact)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", triton_attention.DTYPES)
+@pytest.mark.parametrize("suppression", NAMES)
+@pytest.mark.parametrize("size", [1, 77, 1024, 16384])
+def test_on_a_gpu_against_float64(size: int, suppression: str, dtype: torch.dtype) -> None:
+    wide = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
+    for straight_through in (False, True):
+        for ours, expected in zip(*on_gpu(size, dtype, suppression, straight_through=straight_through), strict=True):
+            assert (ours.double() - expected).norm() <= wide * expected.norm().clamp(min=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_masks_of_a_gpu_are_those_of_the_definition() -> None:
+    seeds = torch.tensor([1, 2**62 + 12345])
+    assert torch.equal(counter.keep(seeds.cuda(), 70, 300, 6554).cpu(), counter.keep(seeds, 70, 300, 6554))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("suppression", NAMES)
+def test_memory_is_linear(suppression: str) -> None:
+    """At 16384 tokens: a matrix of one byte an element would be 512 MiB, the tensors of this call are 8 MiB."""
+    q = torch.randn(1, 2, 16384, 64, device="cuda", dtype=torch.float16)
+    given = options_of(suppression=suppression, seeds=torch.tensor([3], device="cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, stats = triton_attention.forward(q, q, q, None, **given)
+    triton_attention.backward(out, q, q, q, None, out, stats, **given)
+    assert torch.cuda.max_memory_allocated() - before < 24 << 20

@@ -28,7 +28,7 @@ OPTIONS = {"suppression": "clamp", "dropout": 0.0, "unit": "element", "compensat
 
 
 def masks(name: str | None, queries: int, keys: int) -> Tensor | None:
-    """Masks with rows that are masked whole and rows with one key; "lowest" has a row of equal, finite, huge numbers."""
+    """Masks with a row that is masked whole and one with one key; "lowest" has a row of equal, finite, huge numbers."""
     if name is None:
         return None
     chance = torch.rand(1, 1, queries, keys, generator=torch.Generator().manual_seed(7))
@@ -111,7 +111,8 @@ def multiply_bfloat16() -> None:
     product = interpreter.InterpreterBuilder.create_dot
 
     def create_dot(self: object, a: object, b: object, *more: object) -> object:
-        return product(self, *(wide(handle) if handle.dtype.scalar == tl.bfloat16 else handle for handle in (a, b)), *more)
+        factors = (wide(handle) if handle.dtype.scalar == tl.bfloat16 else handle for handle in (a, b))
+        return product(self, *factors, *more)
 
     def wide(handle: object) -> object:
         return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
