@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -602,8 +603,8 @@ def _replaced(values: Any, old: Tensor, new: Tensor) -> Any:
 def matrix_shape(q: Tensor, k: Tensor) -> tuple[int, ...]:
     """Shape (..., queries, keys) of the attention matrix of queries (..., queries, E) and keys (..., keys, E)."""
     if q.dim() == k.dim() and q.dim() > 3 and q.shape[-3] != k.shape[-3]:  # grouped queries: the heads are q's
-        return (*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3]), q.shape[-3], q.shape[-2], k.shape[-2])
-    return (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2])
+        return (*np.broadcast_shapes(q.shape[:-3], k.shape[:-3]), q.shape[-3], q.shape[-2], k.shape[-2])
+    return (*np.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2])
 
 
 def _describe(

@@ -1,8 +1,8 @@
 """Refined attention without its matrix as an operator of PyTorch, `torch.ops.ramdefense.refined_attention`.
 
 Seen from outside it is one function with a gradient, so `torch.compile` and autocast leave it whole. `fused_attention`
-brings any shape that attends into its four dimensions; what has to go through autograd tile after tile (`rows.Call.closed`)
-is an autograd function instead.
+brings any shape that attends into its four dimensions; what has to go through autograd tile after tile
+(`rows.Call.closed`) is an autograd function instead.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -44,7 +45,7 @@ def unfused_because(
     if q.device.type == "cpu":
         return None
     options = {name: getattr(refinement, name) for name in ("suppression", "dropout", "compensate")}
-    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     q, k, v = (_four(tensor, lead) for tensor in (q, k, v))
     if q.is_cuda and triton_attention.supports(q, k, v, attn_mask, **options):
         return None
@@ -63,7 +64,7 @@ def fused_attention(
     straight_through: bool,
 ) -> Tensor:
     """Refined attention of a call for which `unfused_because` has no reason; the shapes are those of the door."""
-    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     if attn_mask is not None:
         attn_mask = _four(attn_mask if attn_mask.dim() > 1 else attn_mask[None], lead)
     q, k, v = (_four(tensor, lead) for tensor in (q, k, v))
@@ -89,7 +90,7 @@ def fused_attention(
     return out.view(*lead, *out.shape[-2:])
 
 
-def _four(tensor: Tensor, lead: torch.Size) -> Tensor:
+def _four(tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
     """(…, rows, columns) as (B, H, rows, columns); a view where there are no more than two leading dimensions."""
     rows, columns = tensor.shape[-2:]
     heads = lead[-1] if len(lead) > 1 else 1
@@ -115,7 +116,8 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*tiles.pull_back(grad, *ctx.saved_tensors, ctx.call, ctx.scale), None, None)
+        q, k, v, numbers = ctx.saved_tensors
+        return (*tiles.pull_back(grad, q, k, v, numbers, ctx.call, ctx.scale), None, None)
 
 
 def _written(max_attention: float | str) -> str:
@@ -161,7 +163,8 @@ def _attend(
 
     ``seeds``: (streams,) int64 on the CPU, of RAD's streams; the rest as in `attention.refined_attention`.
     """
-    call = _call(q, k, attn_mask, seeds, is_causal, max_attention, suppression, dropout, unit, compensate, straight_through)
+    refinement = _refinement(max_attention, suppression, dropout, unit, compensate)
+    call = _call(q, k, attn_mask, seeds, is_causal, refinement, straight_through)
     return tiles.attend(q, k, v, call, scale)
 
 
@@ -185,8 +188,15 @@ def _pull_back(
     straight_through: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients at q, k and v from that at the result of the operator."""
-    call = _call(q, k, attn_mask, seeds, is_causal, max_attention, suppression, dropout, unit, compensate, straight_through)
+    refinement = _refinement(max_attention, suppression, dropout, unit, compensate)
+    call = _call(q, k, attn_mask, seeds, is_causal, refinement, straight_through)
     return tiles.pull_back(grad, q, k, v, numbers, call, scale)
+
+
+def _refinement(max_attention: str, suppression: str, dropout: float, unit: str, compensate: str) -> Refinement:
+    return Refinement(
+        max_attention if "/" in max_attention else float(max_attention), suppression, dropout, unit, compensate
+    )
 
 
 def _call(
@@ -195,17 +205,11 @@ def _call(
     attn_mask: Tensor | None,
     seeds: Tensor | None,
     is_causal: bool,
-    max_attention: str,
-    suppression: str,
-    dropout: float,
-    unit: str,
-    compensate: str,
+    refinement: Refinement,
     straight_through: bool,
 ) -> Call:
     shape = (*q.shape[:3], k.shape[2])
-    bound = max_attention if "/" in max_attention else float(max_attention)
-    refinement = Refinement(bound, suppression, dropout, unit, compensate)
-    keep = None if seeds is None else Keep(shape, dropout, tuple(seeds.tolist()), unit)
+    keep = None if seeds is None else Keep(shape, refinement.dropout, tuple(seeds.tolist()), refinement.unit)
     return Call(shape, attn_mask, is_causal, refinement, _flat(keep, shape), straight_through)
 
 
@@ -228,9 +232,7 @@ def _pull_back_on_cuda(
     seeds: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return triton_attention.backward(
-        grad, q, k, v, attn_mask, out, numbers, **_named(seeds, q.device, *options)
-    )
+    return triton_attention.backward(grad, q, k, v, attn_mask, out, numbers, **_named(seeds, q.device, *options))
 
 
 def _named(

@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -523,8 +524,8 @@ def _check_keep(keep: Tensor, shape: torch.Size, unit: str) -> None:
         kind = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
         raise TypeError(f"keep is {kind}: give a bool tensor, True where a weight is kept (see sample_keep)")
     try:
-        fits = torch.broadcast_shapes(keep.shape, shape) == shape
-    except RuntimeError:
+        fits = np.broadcast_shapes(keep.shape, shape) == tuple(shape)
+    except ValueError:
         fits = False
     if not fits:
         raise ValueError(f"keep of shape {tuple(keep.shape)} does not broadcast to the attention's {tuple(shape)}")

@@ -27,7 +27,7 @@ from torch import Tensor
 from ramdefense.rows import Call, Rows, rows_of
 
 _ELEMENTS = 1 << 18  # of a tile: with its like, in the cache of a core; smaller ones make matrix products slow
-_ROWS = 32  # at least, however long a row is
+_ROWS = 64  # at least, however long a row is
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
