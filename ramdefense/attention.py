@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ramdefense.operators import fused_attention, unfused_because
 from ramdefense.refinement import Refinement, refine
+from ramdefense.rows import COMPILED
 from ramdefense.streams import Keep
 
 Kernel = Literal["auto", "plain", "fused"]
 KERNELS: tuple[Kernel, ...] = ("auto", "plain", "fused")
 
-_LARGE = 1 << 20  # elements of one matrix, from which on the fused way is taken by itself on a CPU
+_LARGE = 1 << 20  # elements of one matrix, from which on memory counts for more than the time of uncompiled tiles
 
 
 def refined_attention(
@@ -60,8 +61,9 @@ def refined_attention(
         max_attention, suppression, dropout, unit, compensate, straight_through: see `refine`.
         keep: RAD's mask, see `refine`, or `streams.keep_of` of the attention matrix, which the fused way never draws as
             a whole.
-        kernel: ``"plain"``; ``"fused"``, without second derivatives; or ``"auto"``: fused where the matrix has a
-            million elements or more for each head (on a GPU always) and the call allows it, else plain.
+        kernel: ``"plain"``; ``"fused"``, without second derivatives; or ``"auto"``: fused where the call allows it and
+            it is the faster (on a CPU in float32 or half where the package was installed with a compiler, and on a
+            GPU), or where the matrix of a head has a million elements or more; else plain.
 
     Returns:
         (…, heads, queries, Ev) of the dtype of ``q``. A query that may see no key gets 0.
@@ -91,8 +93,8 @@ def refined_attention(
         v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
-    small = not q.is_cuda and q.shape[-2] * k.shape[-2] < _LARGE
-    if kernel == "fused" or (kernel == "auto" and not small):
+    fast = q.is_cuda or (COMPILED and q.dtype != torch.float64)
+    if kernel == "fused" or (kernel == "auto" and (fast or q.shape[-2] * k.shape[-2] >= _LARGE)):
         reason = unfused_because(q, k, v, attn_mask, dropout_p, refinement, keep)
         if reason is None:
             assert keep is None or isinstance(keep, Keep)

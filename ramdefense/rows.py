@@ -262,22 +262,19 @@ class CompiledRows:
     def bound(self, scores: Tensor, numbers: Tensor) -> Tensor | None:
         factors = torch.empty(*scores.shape[:-1], 1)
         before = self._stream.clone(), self._read
+        keys, options = scores.shape[-1], (self._max_attention, self._multiple, self.call.masked, self.call.capped)
         for part, stream in self._parts(scores):
-            if not _rows.bound(
-                *(_address(tensor, part) for tensor in (scores, numbers, factors)), self._spare.data_ptr(), stream,
-                self._drop_level, len(part), scores.shape[-1], self._max_attention, self._multiple, self.call.masked,
-                self.call.capped,
-            ):  # fmt: skip
+            own = _address(scores, part), _address(numbers, part), _address(factors, part), self._spare.data_ptr()
+            if not _rows.bound(*own, stream, self._drop_level, len(part), keys, *options):
                 self._stream, self._read = before
                 return None
         return factors
 
     def pull(self, scores: Tensor, slope: Tensor, numbers: Tensor) -> None:
+        keys, options = scores.shape[-1], (self.call.capped, self.call.straight_through)
         for part, stream in self._parts(scores):
-            _rows.pull(
-                *(_address(tensor, part) for tensor in (scores, slope, numbers)), self._spare.data_ptr(), stream,
-                self._drop_level, len(part), scores.shape[-1], self.call.capped, self.call.straight_through,
-            )  # fmt: skip
+            own = _address(scores, part), _address(slope, part), _address(numbers, part), self._spare.data_ptr()
+            _rows.pull(*own, stream, self._drop_level, len(part), keys, *options)
 
     def keep(self, shape: torch.Size) -> Tensor | None:
         if not self._seeds:

@@ -279,18 +279,27 @@ def test_compiles_in_one_graph() -> None:
     torch.testing.assert_close(torch.autograd.grad(out.sum(), q), torch.autograd.grad(attend(q, k, v).sum(), q))
 
 
-def test_large_matrices_go_the_fused_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
+@pytest.mark.parametrize(("built", "dtype", "n", "expected"), [
+    (True, torch.float32, 9, True),
+    (True, torch.float64, 9, False),
+    (False, torch.float32, 1000, False),
+    (False, torch.float32, 1024, True),
+    (True, torch.float64, 1024, True),
+])  # fmt: skip
+def test_which_way_is_taken(
+    built: bool, dtype: torch.dtype, n: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[bool] = []
     fused = attention.fused_attention
-    monkeypatch.setattr(attention, "fused_attention", lambda *args: taken.append(len(args[0])) or fused(*args))
-    for n, expected in ((1000, 0), (1024, 1)):
-        taken.clear()
-        x = torch.randn(1, 1, n, 4, generator=torch.Generator().manual_seed(0))
-        refined_attention(x, x, x, max_attention="3/N")
-        assert len(taken) == expected
-        refined_attention(x, x, x, max_attention="3/N", attn_mask=torch.zeros(n, n, requires_grad=True))
-        refined_attention(x, x, x, max_attention="3/N", kernel="plain")
-        assert len(taken) == expected
+    monkeypatch.setattr(attention, "fused_attention", lambda *args: taken.append(True) or fused(*args))
+    monkeypatch.setattr(attention, "COMPILED", built)
+    x = torch.randn(1, 1, n, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    refined_attention(x, x, x, max_attention="3/N")
+    assert bool(taken) == expected
+    taken.clear()
+    refined_attention(x, x, x, max_attention="3/N", attn_mask=torch.zeros(n, n, requires_grad=True, dtype=dtype))
+    refined_attention(x, x, x, max_attention="3/N", kernel="plain")
+    assert not taken
 
 
 def test_what_it_refuses() -> None:
