@@ -469,17 +469,16 @@ def list_defences(plugin: Plugins = None) -> None:
     """The defences by name."""
     with user_errors():
         load_plugins(plugin)
-        from ramdefense.defences import defence, defences
+        from ramdefense.defences import summaries
 
-    rows = [(name, (defence(name).__doc__ or "").strip().partition("\n")[0]) for name in defences()]
-    show_table(("defence", "what it does"), rows)
+    show_table(("defence", "what it does"), list(summaries().items()))
 
 
 @app.command("models")
 def list_models() -> None:
     """The models that ship, and how to name others."""
     with user_errors():
-        from evaluation.models import KINDS, zoo
+        from evaluation.cards import KINDS, zoo
 
     rows = [
         (

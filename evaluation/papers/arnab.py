@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from evaluation.files import write_figure
 from evaluation.frames import SegmentationData
 from evaluation.papers.claims import UNTRIED, Claim, Paper, by_share
-from ramdefense.baselines import MultiScale
 from ramdefense.names import split_name
-from ramdefense.segmenter import PyTorchSegmenter
+
+if TYPE_CHECKING:
+    from ramdefense.segmenter import PyTorchSegmenter
 
 RUN_FILE = "evaluation/papers/arnab.yaml"
 #: A ratio that differs by less counts as the same.
@@ -78,6 +79,7 @@ def scale_transfer(
         model, made_on, tested_on (scales), images, iou_ratio.
     """
     from evaluation.transfer import transfer
+    from ramdefense.baselines import MultiScale
 
     tables = []
     for name, segmenter in segmenters.items():
