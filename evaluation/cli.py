@@ -6,6 +6,7 @@ Whatever needs torch is imported inside the command that needs it, so that ``--h
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +38,7 @@ from evaluation.cli_shared import (
 )
 from evaluation.cli_understand import attention, field
 from evaluation.sizes import pair, place
+from evaluation.threads import leave_room
 
 if TYPE_CHECKING:
     from evaluation.runfile import RunFile
@@ -52,6 +54,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the console command."""
+    leave_room(os.environ)  # before a command imports torch, which reads it once
     app()
 
 
