@@ -5,7 +5,7 @@
 Each row is a fresh process; each round runs every row once, one after the other, and shown are medians of the processor
 time of a whole process, Python's own start included. "beyond torch" is what it has over `import torch` in the same
 round. Every file is compiled before, in a folder of this program's own, as an installed package is. The most expensive
-packages of a row are from one more process with `-X importtime`, by the time that their own files take.
+packages of a row are from one more process with `-X importtime`, by the share of it that their own files take.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def seconds(code: str, environment: dict[str, str]) -> float:
 
 
 def dearest(code: str, environment: dict[str, str], number: int = 3) -> list[tuple[str, float]]:
-    """Packages, and the seconds that their own files take."""
+    """Packages, and the share of all the time of imports that their own files take."""
     spent: Counter[str] = Counter()
     for took, module in _LINE.findall(_run(["-X", "importtime", "-c", code], environment)):
         spent[module.partition(".")[0]] += int(took)
-    return [(package, took / 1e6) for package, took in spent.most_common(number)]
+    return [(package, took / spent.total()) for package, took in spent.most_common(number)]
 
 
 def _run(arguments: list[str], environment: dict[str, str]) -> str:
@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as compiled:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         environment |= {"PYTHONPYCACHEPREFIX": compiled, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        for name in ("ramdefense.PyTorchSegmenter", "$ ramdefense models", "$ ramdefense papers"):  # these import all of it
+        for name in ("ramdefense.PyTorchSegmenter", "$ ramdefense models", "$ ramdefense papers"):  # all that is timed
             _run(["-c", ROWS[name]], environment)
         times: dict[str, list[float]] = {name: [] for name in ROWS}
         for _ in range(arguments.rounds):
@@ -86,8 +86,8 @@ def main() -> None:
             table.add_row(
                 name,
                 f"{statistics.median(times[name]):.2f}",
-                f"{beyond:+.2f}" if beyond > 0 else "–",
-                ", ".join(f"{package} {took:.2f}" for package, took in dearest(code, environment)),
+                f"{beyond:+.2f}" if beyond > 0 else "less",
+                ", ".join(f"{package} {share:.0%}" for package, share in dearest(code, environment)),
             )
     Console().print(table)
 
