@@ -1,9 +1,10 @@
 """How many threads a process of the command line works with.
 
 A thread for each core is right on an idle machine and wrong on any other: threads that wait for one another spin, and
-on two cores that something else uses, two threads for each process were 7 to 18 times slower than one. So
-``ramdefense`` counts the cores that are free. The number decides how sums are rounded, so a run keeps the one that it
-was begun with, wherever it goes on.
+on two cores that something else uses, two threads for each process were 7 to 18 times slower than one
+(`benchmarks/threads.py`). So ``ramdefense`` counts the cores that are free, and where some are not, its threads sleep
+while they wait. The number decides how sums are rounded, so a run keeps the one that it was begun with, wherever it goes
+on.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ def leave_room(environment: MutableMapping[str, str]) -> None:
     """Choose the number of threads of a process that has not imported torch yet; what the user has set stays.
 
     Args:
-        environment: Of the process. ``OMP_NUM_THREADS`` is set, which torch, MKL and OpenBLAS read when they load.
+        environment: Of the process. ``OMP_NUM_THREADS`` is set, which torch, MKL and OpenBLAS read when they load, and
+            where not every core is free ``OMP_WAIT_POLICY``, for a run that was begun with more threads.
     """
     if any(name in environment for name in SET_BY_USER):
         return
     usable, beside = share_of(environment, usable_cores())
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    environment["OMP_NUM_THREADS"] = str(free_threads(usable, beside, load, os.cpu_count() or 1))
+    threads = free_threads(usable, beside, load, os.cpu_count() or 1)
+    environment["OMP_NUM_THREADS"] = str(threads)
+    if threads < int(usable):
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def free_threads(usable: float, beside: int, load: float, machine: int) -> int:

@@ -101,9 +101,26 @@ def test_what_the_user_has_set_stays() -> None:
         environment = {name: "3"}
         leave_room(environment)
         assert environment == {name: "3"}
-    environment = {"LOCAL_WORLD_SIZE": "100000"}
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "chosen"),
+    [
+        (0.2, {}, {"OMP_NUM_THREADS": "4"}),
+        (1.3, {}, {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "PASSIVE"}),
+        (9.0, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE"}),
+        (0.2, {"LOCAL_WORLD_SIZE": "2"}, {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}),
+    ],
+)
+def test_where_not_every_core_is_free_threads_sleep_while_they_wait(
+    load: float, given: dict[str, str], chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.threads.usable_cores", lambda: 4.0)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    environment = dict(given)
     leave_room(environment)
-    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment == given | chosen
 
 
 def test_the_command_chooses_and_the_library_does_not(tmp_path: Path) -> None:
