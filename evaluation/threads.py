@@ -3,8 +3,8 @@
 A thread for each core is right on an idle machine and wrong on any other: threads that wait for one another spin, and
 on two cores that something else uses, two threads for each process were 7 to 18 times slower than one
 (`benchmarks/threads.py`). So ``ramdefense`` counts the cores that are free, and where some are not, its threads sleep
-while they wait. The number decides how sums are rounded, so a run keeps the one that it was begun with, wherever it goes
-on.
+while they wait. The number decides how sums are rounded, so a run keeps the one that it was begun with, wherever it
+goes on.
 """
 
 from __future__ import annotations
