@@ -9,10 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from evaluation.cards import zoo
     from evaluation.datasets import load_data
     from evaluation.experiment import evaluate
     from evaluation.frames import Frame, SegmentationData
-    from evaluation.models import load_model, zoo
+    from evaluation.models import load_model
     from evaluation.results import Results
     from evaluation.scenes import StreetScenes
 
@@ -20,11 +21,12 @@ __all__ = ["Frame", "Results", "SegmentationData", "StreetScenes", "evaluate", "
 
 _HOME = {
     **dict.fromkeys(("Frame", "SegmentationData"), "frames"),
-    **dict.fromkeys(("load_model", "zoo"), "models"),
     "Results": "results",
     "StreetScenes": "scenes",
     "evaluate": "experiment",
     "load_data": "datasets",
+    "load_model": "models",
+    "zoo": "cards",
 }
 
 

@@ -6,6 +6,7 @@ Whatever needs torch is imported inside the command that needs it, so that ``--h
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +38,7 @@ from evaluation.cli_shared import (
 )
 from evaluation.cli_understand import attention, field
 from evaluation.sizes import pair, place
+from evaluation.threads import leave_room
 
 if TYPE_CHECKING:
     from evaluation.runfile import RunFile
@@ -52,6 +54,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the console command."""
+    leave_room(os.environ)  # before a command imports torch, which reads it once
     app()
 
 
@@ -469,17 +472,16 @@ def list_defences(plugin: Plugins = None) -> None:
     """The defences by name."""
     with user_errors():
         load_plugins(plugin)
-        from ramdefense.defences import defence, defences
+        from ramdefense.defences import summaries
 
-    rows = [(name, (defence(name).__doc__ or "").strip().partition("\n")[0]) for name in defences()]
-    show_table(("defence", "what it does"), rows)
+    show_table(("defence", "what it does"), list(summaries().items()))
 
 
 @app.command("models")
 def list_models() -> None:
     """The models that ship, and how to name others."""
     with user_errors():
-        from evaluation.models import KINDS, zoo
+        from evaluation.cards import KINDS, zoo
 
     rows = [
         (

@@ -50,6 +50,7 @@ from evaluation.report import write_report
 from evaluation.results import LeftOut, Record, Results, Skipped, worst
 from evaluation.store import NONE, Cell, Store, file_name
 from evaluation.survey import Survey, first_readable, read_batch, reason, survey
+from evaluation.threads import keep_threads
 from evaluation.verdicts import Verdict
 from evaluation.walk import Piece, once, settled, walk
 from ramdefense.segmenter import PyTorchSegmenter
@@ -111,7 +112,8 @@ def evaluate(
         out: folder of the run. Rows are written there as they are finished; the same call again goes on from there,
             also after a kill, and computes anew what is damaged, with a warning. Several processes (torchrun, ``srun``,
             or started one by one) may share it: each takes cells that no other one has in work, and all return the same
-            results.
+            results. A run keeps the number of torch's threads that it was begun with (``threads.json``), since sums are
+            rounded by it.
         keep_going: leave out frames that cannot be read and cells whose attack raises, and finish the rest; both are
             in ``Results.left_out``, and the same call again tries them again. Otherwise the first of them is raised.
         checks: make the checks of ``evaluation.checks`` on what is finished, each once; without, only those that the
@@ -188,6 +190,8 @@ def evaluate(
         with Claims(folder) as claims, progress_bar(shown, cells * len(indices) * len(seeds)) as tick:
             with claims.alone("configuration"):
                 store.open(configuration, {"batch_size": batch_size, "device_type": device_type}, surveyed, run_file)
+                if folder is not None:
+                    keep_threads(folder)
 
             def smaller(size: int) -> None:
                 with claims.alone("configuration"):

@@ -12,23 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from evaluation.cards import KINDS, ZOO
+from evaluation.cards import zoo as zoo
 from evaluation.networks import ARCHITECTURES, build_network
 from evaluation.training import MEAN, STD
 from ramdefense.segmenter import PyTorchSegmenter
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ZOO = Path(__file__).parent / "zoo"
-KINDS = (
-    "'zoo:NAME', 'torchvision:NAME', 'smp:ARCH:ENCODER', 'hf:NAME', 'PATH.safetensors' or 'module:function'; "
-    "weights of your own go into any of them as 'NAME@PATH.safetensors'"
-)
-
-
-def zoo() -> dict[str, dict[str, Any]]:
-    """The shipped models: name → card (recipe, classes, size, validation and test scores, parameters)."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(ZOO.glob("*.json"))}
 
 
 def load_model(

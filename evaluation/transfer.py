@@ -35,7 +35,8 @@ from evaluation.metrics import Region
 from evaluation.results import Results, Skipped
 from evaluation.store import NONE, Cell, Store
 from evaluation.tables import percent
-from ramdefense.processes import group
+from evaluation.threads import keep_threads
+from ramdefense.processes import from_first, group
 from ramdefense.segmenter import PyTorchSegmenter
 
 if TYPE_CHECKING:
@@ -309,6 +310,9 @@ def universal(
     _check_apart(seen, numbers, unseen, test_numbers)
     folder = None if out is None else Path(out)
     with group(launch, "cpu" if segmenter.device.type == "cpu" else "gpu"):
+        if folder is not None:
+            from_first(lambda: keep_threads(folder))
+            keep_threads(folder)
         fitted.fit(_Subset(seen, numbers), epochs=epochs, resume=None if folder is None else folder / "fit.safetensors")
     assert fitted.patch is not None
     if folder is not None and launch.rank == 0:

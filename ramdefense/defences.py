@@ -6,17 +6,31 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from ramdefense.baselines import MeanFieldCRF, MultiScale
 from ramdefense.names import split_name
-from ramdefense.ram import RAMDefense
-from ramdefense.segmenter import PyTorchSegmenter
 
-Defence = Callable[..., PyTorchSegmenter]
+if TYPE_CHECKING:
+    from ramdefense.segmenter import PyTorchSegmenter
+
+Defence = Callable[..., "PyTorchSegmenter"]
 D = TypeVar("D", bound=Defence)
 
-_DEFENCES: dict[str, Defence] = {}
+
+class _Shipped(NamedTuple):
+    """A defence of this package, imported when it is first asked for: they bring torch and ART with them."""
+
+    module: str
+    name: str
+    summary: str  # the first line of its docstring
+
+    def load(self) -> Defence:
+        found: Defence = getattr(import_module(self.module), self.name)
+        return found
+
+
+_DEFENCES: dict[str, Defence | _Shipped] = {}
 
 
 def register_defence(name: str) -> Callable[[D], D]:
@@ -48,7 +62,8 @@ def defence(name: str) -> Defence:
         close = difflib.get_close_matches(base, _DEFENCES, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"no defence is named {base!r}: {hint}there are {', '.join(map(repr, defences()))}")
-    function = _DEFENCES[base]
+    held = _DEFENCES[base]
+    function = held.load() if isinstance(held, _Shipped) else held
     if not options:
         return function
     # a class says its options in __init__, after self
@@ -66,12 +81,34 @@ def defences() -> list[str]:
     return list(_DEFENCES)
 
 
+def summaries() -> dict[str, str]:
+    """What each defence does, by name: the first line of its docstring, which may be empty; nothing is imported."""
+    return {
+        name: held.summary if isinstance(held, _Shipped) else (held.__doc__ or "").strip().partition("\n")[0]
+        for name, held in _DEFENCES.items()
+    }
+
+
 @register_defence("none")
 def undefended(segmenter: PyTorchSegmenter) -> PyTorchSegmenter:
     """The segmenter itself."""
     return segmenter
 
 
-register_defence("ram")(RAMDefense)
-register_defence("multiscale")(MultiScale)
-register_defence("crf")(MeanFieldCRF)
+_DEFENCES |= {
+    "ram": _Shipped(
+        "ramdefense.ram",
+        "RAMDefense",
+        "A segmenter hardened by RAM; a segmenter itself, for every attack that takes one.",
+    ),
+    "multiscale": _Shipped(
+        "ramdefense.baselines",
+        "MultiScale",
+        "A segmenter whose logits are the mean over scales of its input; differentiable from end to end.",
+    ),
+    "crf": _Shipped(
+        "ramdefense.baselines",
+        "MeanFieldCRF",
+        "A segmenter whose logits go through a fully connected CRF with Gaussian edge potentials.",
+    ),
+}

@@ -11,13 +11,12 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ramdefense.attention import Kernel, refined_attention
-from ramdefense.defended import DefendedSegmenter
 from ramdefense.interception import (
     SOFTMAX,
     AttentionSite,
@@ -31,9 +30,11 @@ from ramdefense.interception import (
     probe,
 )
 from ramdefense.refinement import Refinement, refine
-from ramdefense.segmenter import PyTorchSegmenter
 from ramdefense.streams import Keep, keep_of
 from ramdefense.traits import Conditions, NotApplicableError, Traits
+
+if TYPE_CHECKING:
+    from ramdefense.ram_segmenter import RAMDefense as RAMDefense
 
 Patterns = str | Sequence[str] | None
 
@@ -365,46 +366,14 @@ def _plan(probed: Probed, include: tuple[str, ...] | None, exclude: tuple[str, .
 # ----------------------------------------------------------------------------------------------------- the segmenter
 
 
-class RAMDefense(DefendedSegmenter):
-    """A segmenter hardened by RAM; a segmenter itself, for every attack that takes one.
+def __getattr__(name: str) -> Any:
+    """`RAMDefense`, which brings ART with it; who hardens a plain model waits for no ART."""
+    if name != "RAMDefense":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ramdefense.ram_segmenter import RAMDefense
 
-    Everything but the model is as in `segmenter`, which stays as it was; the model is a hardened deep copy. The class
-    of the result derives from RAMDefense and from the class of `segmenter`, so that what that class overrides stays.
+    return RAMDefense
 
-    Args:
-        segmenter: a `PyTorchSegmenter`.
-        max_attention, suppression, dropout, unit, compensate, include, exclude, seed: see `harden`.
-        example: an input of the model, or its shape, to look for the sites; the segmenter's `input_shape` where None.
 
-    Raises:
-        TypeError: `segmenter` is no `PyTorchSegmenter`, or an option has the wrong type.
-        ValueError: as `harden`.
-    """
-
-    def __init__(
-        self,
-        segmenter: PyTorchSegmenter,
-        *,
-        max_attention: float | str = "16/N",
-        suppression: str = "cap",
-        dropout: float = 0.1,
-        unit: str = "element",
-        compensate: str = "rescale",
-        include: Patterns = None,
-        exclude: Patterns = None,
-        seed: int = 0,
-        example: Tensor | Sequence[int] | None = None,
-    ) -> None:
-        hardened = harden(
-            segmenter.model,
-            max_attention=max_attention,
-            suppression=suppression,
-            dropout=dropout,
-            unit=unit,
-            compensate=compensate,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-            example=segmenter.input_shape if example is None else example,
-        )
-        self._become(segmenter, hardened)
+def __dir__() -> list[str]:
+    return sorted([*globals(), "RAMDefense"])

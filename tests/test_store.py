@@ -162,8 +162,8 @@ def test_a_run_that_ends_in_any_of_its_writes_goes_on_to_the_same_bytes(
         else:
             pytest.fail("the run never ended")
         tables = 4  # the page is one of them
-        finished = 1 + 2 * 3 + 2 + 2 + 2 * 2 + tables
-        assert write == finished + 1, "configuration, two cells with patches, one without, pictures, verdicts"
+        finished = 2 + 2 * 3 + 2 + 2 + 2 * 2 + tables
+        assert write == finished + 1, "configuration, threads, two cells with patches, one without, pictures, verdicts"
 
 
 def child(data: Path, out: Path) -> None:

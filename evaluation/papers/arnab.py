@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from evaluation.files import write_figure
 from evaluation.frames import SegmentationData
 from evaluation.papers.claims import UNTRIED, Claim, Paper, by_share
-from ramdefense.baselines import MultiScale
 from ramdefense.names import split_name
-from ramdefense.segmenter import PyTorchSegmenter
+
+if TYPE_CHECKING:
+    from ramdefense.segmenter import PyTorchSegmenter
 
 RUN_FILE = "evaluation/papers/arnab.yaml"
 #: A ratio that differs by less counts as the same.
@@ -78,6 +79,7 @@ def scale_transfer(
         model, made_on, tested_on (scales), images, iou_ratio.
     """
     from evaluation.transfer import transfer
+    from ramdefense.baselines import MultiScale
 
     tables = []
     for name, segmenter in segmenters.items():
@@ -116,6 +118,11 @@ def _sides(ratios: pd.DataFrame, defence: str) -> pd.DataFrame:
     return held.join(bare)
 
 
+def _images(ratios: pd.DataFrame) -> str:
+    few, many = ratios["images"].min(), ratios["images"].max()
+    return f"{few} images" if few == many else f"{few} to {many} images"
+
+
 def _multi_scale(ratios: pd.DataFrame) -> Claim:
     sides = _sides(ratios, "multiscale")
     worst = sides[["through", "without"]].min(axis=1)
@@ -123,7 +130,7 @@ def _multi_scale(ratios: pd.DataFrame) -> Claim:
     return Claim(
         "Multi-scale inference makes a model more robust.",
         f"IoU ratio {sides['none'].mean():.2f} → {worst.mean():.2f} on the mean, the worse of attacks through it and "
-        f"without it; higher in {share:.0%} of {len(sides)} cells (model, attack, ε)",
+        f"without it; higher in {share:.0%} of {len(sides)} cells (model, attack, ε; {_images(ratios)} each)",
         "no figure at hand",
         by_share(share),
         "Holds where the ratio is higher by more than 0.01 in nine of ten cells, in part in more than one of ten.",
@@ -150,7 +157,7 @@ def _crf(ratios: pd.DataFrame) -> Claim:
     return Claim(
         "A CRF makes a model more robust to untargeted attacks that are made through it.",
         f"IoU ratio {sides['none'].mean():.2f} → {sides['through'].mean():.2f}; higher in {share:.0%} of {len(sides)} "
-        "cells",
+        f"cells ({_images(ratios)} each)",
         "no figure at hand",
         by_share(share),
         "As above.",
@@ -201,7 +208,7 @@ def draw(ratios: pd.DataFrame, path: str | Path) -> None:
             )
         axis.set_xscale("log", base=2)
         axis.set_xticks([0.25, 1, 4, 16], ["0.25", "1", "4", "16"])
-        axis.set_ylim(0, 1.1)
+        axis.set_ylim(0, max(1.1, 1.05 * ratios["iou_ratio"].max()))
         axis.grid(alpha=0.3)
         if model == models[0]:
             axis.set_title(attack, fontsize=10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluation.papers import arnab, beyond, fusion, masks, yuan
+from evaluation.papers import arnab, beyond_claims, fusion_claims, masks_claims, yuan
 from evaluation.papers.claims import Paper, measured
 
 _HEADING = """# The papers, tried
@@ -19,7 +19,7 @@ hold on the papers' models and data, and the other way round.
 def papers() -> list[Paper]:
     """Every paper, its claims computed from the measurements that ship."""
     ram = yuan.paper(measured("ram"), measured("ram-attacks"))
-    asked_next = tuple((claim, "evaluation.papers.beyond.run") for claim in beyond.claims(measured("beyond")))
+    asked_next = tuple((claim, "evaluation.papers.beyond.run") for claim in beyond_claims.claims(measured("beyond")))
     return [
         ram._replace(claims=ram.claims + asked_next),
         arnab.paper(measured("arnab"), measured("arnab-scales")),
@@ -27,13 +27,13 @@ def papers() -> list[Paper]:
             "Vaishnavi, Cong, Eykholt, Prakash, Rahmati",
             "Can Attention Masks Improve Adversarial Robustness?",
             "arXiv 1911.11946",
-            tuple((claim, "evaluation.papers.masks.run") for claim in masks.claims(measured("masks"))),
+            tuple((claim, "evaluation.papers.masks.run") for claim in masks_claims.claims(measured("masks"))),
         ),
         Paper(
             "Akumalla, Haney, Bazhenov",
             "Contextual Fusion For Adversarial Robustness",
             "arXiv 2011.09526",
-            tuple((claim, "evaluation.papers.fusion.run") for claim in fusion.claims(measured("fusion"))),
+            tuple((claim, "evaluation.papers.fusion.run") for claim in fusion_claims.claims(measured("fusion"))),
         ),
     ]
 

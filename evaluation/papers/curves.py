@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation.files import write_figure
-from evaluation.papers.fusion import BACKGROUND, BLUR, CLEAN, FGSM, FOREGROUND, TRANSFERRED
+from evaluation.papers.fusion_claims import BACKGROUND, BLUR, CLEAN, FGSM, FOREGROUND, TRANSFERRED
 
 
 def save_curves(table: pd.DataFrame, path: str | Path) -> None:
