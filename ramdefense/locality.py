@@ -13,14 +13,13 @@ edge of the image; they are taken once, when the rule is made, so that a call on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Function = Callable[..., Any]
 
@@ -75,41 +74,79 @@ class Box(NamedTuple):
         return cls(Span(rows[0], rows[-1] + 1), Span(columns[0], columns[-1] + 1)) if rows else None
 
 
+class Arguments:
+    """The arguments of a call as one list of leaves: each by itself, lists and tuples of tensors taken apart.
+
+    Attributes:
+        leaves: what the call was given; put others in their places and ask for `args` and `kwargs`.
+    """
+
+    __slots__ = ("_names", "_shape", "leaves")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.leaves: list[Any] = []
+        self._names = tuple(kwargs)
+        self._shape: list[tuple[type, int] | None] = []
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+                self._shape.append((list if isinstance(value, list) else tuple, len(value)))
+                self.leaves.extend(value)
+            else:
+                self._shape.append(None)
+                self.leaves.append(value)
+
+    def given(self, leaves: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments and keyword arguments with these leaves."""
+        rest = iter(leaves)
+        values = [next(rest) if of is None else of[0](next(rest) for _ in range(of[1])) for of in self._shape]
+        count = len(values) - len(self._names)
+        return values[:count], dict(zip(self._names, values[count:], strict=True))
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors that a function returned, one or in a list or tuple."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (list, tuple)):
+        for item in output:
+            yield from tensors_in(item)
+
+
 @dataclass(frozen=True)
 class Local:
     """A call of which a part is enough.
 
     Attributes:
         box: of the output that may differ from the clean one.
-        run: `(func, leaves, spec)` -> the output inside the box; the leaves are those of the arguments, with the crop
-            in the place of each map.
+        run: `(func, arguments)` -> the output inside the box; among the leaves of the arguments there are crops in the
+            places of the maps.
     """
 
     box: Box
-    run: Callable[[Function, list[Any], TreeSpec], Any]
+    run: Callable[[Function, Arguments], Any]
 
 
 def local(
-    func: Function, leaves: list[Any], spec: TreeSpec, boxes: Mapping[int, Box], generator: torch.Generator
+    func: Function, arguments: Arguments, boxes: Mapping[int, Box], generator: torch.Generator
 ) -> Local | None:
     """How to compute a call inside a box; None where it is not local, or the box is most of the map.
 
     Args:
         func: The function, as `__torch_function__` is told it.
-        leaves: The leaves of its arguments, `(args, kwargs)`, whole and clean.
-        spec: Their structure.
-        boxes: Where the leaves change, by their number; the others are constant.
+        arguments: Its arguments, whole and clean.
+        boxes: Where leaves of them change, by their number; the others are constant.
         generator: For the maps on which a function is tried.
     """
+    leaves = arguments.leaves
     maps = [leaves[i] for i in boxes]
     if any(m.dim() != 4 or not m.is_floating_point() for m in maps):
         return None
     rule = _RULES.get(func)
     if rule is None:
-        return _pointwise(func, leaves, spec, boxes, generator)
+        return _pointwise(func, arguments, boxes, generator)
     if len(boxes) > 1 or leaves[0] is not maps[0]:  # weights that depend on the image, say
         return None
-    args, kwargs = tree_unflatten(leaves, spec)
+    args, kwargs = arguments.given(leaves)
     return rule(args, kwargs, boxes[0])
 
 
@@ -185,7 +222,7 @@ def _windowed(
     box: Box,
     size: Sequence[int],
     windows: Sequence[Window],
-    call: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor],
+    call: Callable[[Tensor, Arguments], Tensor],
     value: float = 0.0,
 ) -> Local | None:
     """A function of windows whose whole output is (…, *size); `call` computes it without padding."""
@@ -195,14 +232,13 @@ def _windowed(
         return None
     halo = Halo(maps, box, windows[0].needed(rows), windows[1].needed(columns), value)
 
-    def run(func: Function, leaves: list[Any], spec: TreeSpec) -> Tensor:
-        args, kwargs = tree_unflatten(leaves, spec)
-        return call(halo.filled(leaves[0]), args, kwargs)
+    def run(func: Function, arguments: Arguments) -> Tensor:
+        return call(halo.filled(arguments.leaves[0]), arguments)
 
     return Local(out, run)
 
 
-def _conv2d(args: tuple[Any, ...], kwargs: dict[str, Any], box: Box) -> Local | None:
+def _conv2d(args: Sequence[Any], kwargs: dict[str, Any], box: Box) -> Local | None:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = _named(names, args, kwargs)
     maps, kernel = given["input"], given["weight"].shape[-2:]
@@ -220,14 +256,14 @@ def _conv2d(args: tuple[Any, ...], kwargs: dict[str, Any], box: Box) -> Local | 
         (n + p - w.extent) // w.stride + 1 for n, p, w in zip(maps.shape[-2:], both, windows, strict=True)
     ]
 
-    def call(region: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        now = _named(names, args, kwargs)
+    def call(region: Tensor, arguments: Arguments) -> Tensor:
+        now = _named(names, *arguments.given(arguments.leaves))  # weights may be made anew in each pass
         return torch.conv2d(region, now["weight"], now.get("bias"), strides, 0, dilations, now.get("groups", 1))
 
     return _windowed(maps, box, size, windows, call)
 
 
-def _max_pool2d(args: tuple[Any, ...], kwargs: dict[str, Any], box: Box) -> Local | None:
+def _max_pool2d(args: Sequence[Any], kwargs: dict[str, Any], box: Box) -> Local | None:
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     given = _named(names, args, kwargs)
     if given.get("return_indices"):  # they count in the whole map
@@ -239,13 +275,13 @@ def _max_pool2d(args: tuple[Any, ...], kwargs: dict[str, Any], box: Box) -> Loca
     maps, ceil = given["input"], bool(given.get("ceil_mode"))
     size = [_pooled(n, w, ceil) for n, w in zip(maps.shape[-2:], windows, strict=True)]
 
-    def call(region: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def call(region: Tensor, arguments: Arguments) -> Tensor:
         return F.max_pool2d(region, kernel, strides, 0, dilations)
 
     return _windowed(maps, box, size, windows, call, -math.inf)
 
 
-def _avg_pool2d(args: tuple[Any, ...], kwargs: dict[str, Any], box: Box) -> Local | None:
+def _avg_pool2d(args: Sequence[Any], kwargs: dict[str, Any], box: Box) -> Local | None:
     names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
     given = _named(names, args, kwargs)
     kernel, padding = _pair(given["kernel_size"]), _pair(given.get("padding", 0))
@@ -256,7 +292,7 @@ def _avg_pool2d(args: tuple[Any, ...], kwargs: dict[str, Any], box: Box) -> Loca
     maps = given["input"]
     size = [_pooled(n, w, False) for n, w in zip(maps.shape[-2:], windows, strict=True)]
 
-    def call(region: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def call(region: Tensor, arguments: Arguments) -> Tensor:
         return F.avg_pool2d(region, kernel, strides, divisor_override=given.get("divisor_override"))
 
     return _windowed(maps, box, size, windows, call)
@@ -271,7 +307,7 @@ def _pooled(size: int, window: Window, ceil: bool) -> int:
     return count - ((count - 1) * window.stride >= size + window.padding)
 
 
-def _pad(args: tuple[Any, ...], kwargs: dict[str, Any], box: Box) -> Local | None:
+def _pad(args: Sequence[Any], kwargs: dict[str, Any], box: Box) -> Local | None:
     given = _named(("input", "pad", "mode", "value"), args, kwargs)
     maps, amounts, mode = given["input"], list(given["pad"]), given.get("mode") or "constant"
     if len(amounts) not in (2, 4):
@@ -286,7 +322,7 @@ def _pad(args: tuple[Any, ...], kwargs: dict[str, Any], box: Box) -> Local | Non
     return _gathered(maps, box, sources(maps.shape[-2], *amounts[2:]), sources(maps.shape[-1], *amounts[:2]))
 
 
-def _interpolate(args: tuple[Any, ...], kwargs: dict[str, Any], box: Box) -> Local | None:
+def _interpolate(args: Sequence[Any], kwargs: dict[str, Any], box: Box) -> Local | None:
     names = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
     given = _named(names, args, kwargs)
     maps, size, scale, mode = (given.get(name) for name in ("input", "size", "scale_factor", "mode"))
@@ -323,8 +359,8 @@ def _enlarged(maps: Tensor, box: Box, factors: Sequence[int]) -> Local | None:
     whole = [s.size * f for s, f in zip(around, factors, strict=True)]
     cut = Box(*(Span((s.start - a.start) * f, (s.stop - a.start) * f) for s, a, f in zip(seen, around, factors, strict=True)))
 
-    def run(func: Function, leaves: list[Any], spec: TreeSpec) -> Tensor:
-        return cut.of(F.interpolate(halo.filled(leaves[0]), whole, mode="bilinear", align_corners=False))
+    def run(func: Function, arguments: Arguments) -> Tensor:
+        return cut.of(F.interpolate(halo.filled(arguments.leaves[0]), whole, mode="bilinear", align_corners=False))
 
     return Local(out, run)
 
@@ -350,8 +386,8 @@ def _gathered(maps: Tensor, box: Box, *sources: Tensor) -> Local | None:
         return None
     halo = Halo(maps, box, *needs)
 
-    def run(func: Function, leaves: list[Any], spec: TreeSpec) -> Tensor:
-        region = halo.filled(leaves[0])
+    def run(func: Function, arguments: Arguments) -> Tensor:
+        region = halo.filled(arguments.leaves[0])
         for dim, pick in zip((2, 3), picks, strict=True):
             region = region if pick is None else region.index_select(dim, pick)
         return region
@@ -359,24 +395,24 @@ def _gathered(maps: Tensor, box: Box, *sources: Tensor) -> Local | None:
     return Local(out, run)
 
 
-def _pixel_shuffle(args: tuple[Any, ...], kwargs: dict[str, Any], box: Box) -> Local | None:
+def _pixel_shuffle(args: Sequence[Any], kwargs: dict[str, Any], box: Box) -> Local | None:
     given = _named(("input", "upscale_factor"), args, kwargs)
     factor = given["upscale_factor"]
     out = Box(*(Span(s.start * factor, s.stop * factor) for s in box))
     if not worthwhile(out, [n * factor for n in given["input"].shape[-2:]]):
         return None
-    return Local(out, lambda func, leaves, spec: F.pixel_shuffle(leaves[0], factor))
+    return Local(out, lambda func, arguments: F.pixel_shuffle(arguments.leaves[0], factor))
 
 
-def _pixel_unshuffle(args: tuple[Any, ...], kwargs: dict[str, Any], box: Box) -> Local | None:
+def _pixel_unshuffle(args: Sequence[Any], kwargs: dict[str, Any], box: Box) -> Local | None:
     given = _named(("input", "downscale_factor"), args, kwargs)
     maps, factor = given["input"], given["downscale_factor"]
     windows = [Window(factor, factor, 0)] * 2
     size = [n // factor for n in maps.shape[-2:]]
-    return _windowed(maps, box, size, windows, lambda region, args, kwargs: F.pixel_unshuffle(region, factor))
+    return _windowed(maps, box, size, windows, lambda region, arguments: F.pixel_unshuffle(region, factor))
 
 
-_RULES: dict[Function, Callable[[tuple[Any, ...], dict[str, Any], Box], Local | None]] = {
+_RULES: dict[Function, Callable[[Sequence[Any], dict[str, Any], Box], Local | None]] = {
     torch.conv2d: _conv2d,
     F.conv2d: _conv2d,
     F.max_pool2d: _max_pool2d,
@@ -396,26 +432,27 @@ _CUTS = (Span(0, 2), Span(2, 5)), (Span(0, 3), Span(3, 6))
 
 
 def _pointwise(
-    func: Function, leaves: list[Any], spec: TreeSpec, boxes: Mapping[int, Box], generator: torch.Generator
+    func: Function, arguments: Arguments, boxes: Mapping[int, Box], generator: torch.Generator
 ) -> Local | None:
     """A function that treats each place by itself, of one map or of several of one size."""
+    leaves = arguments.leaves
     sizes = {tuple(leaves[i].shape[-2:]) for i in boxes}
     if len(sizes) > 1:
         return None
     size = sizes.pop()
     box = _joined(boxes.values())
     constants = {i: cut for i, leaf in enumerate(leaves) if i not in boxes and (cut := _spatial(leaf, size))}
-    if not worthwhile(box, size) or min(size) < 2 or not _separable(func, leaves, spec, boxes, constants, generator):
+    if not worthwhile(box, size) or min(size) < 2 or not _separable(func, arguments, boxes, constants, generator):
         return None
     halos = {i: Halo(leaves[i], own, *box) for i, own in boxes.items() if own != box}
 
-    def run(func: Function, leaves: list[Any], spec: TreeSpec) -> Any:
-        here = list(leaves)
+    def run(func: Function, arguments: Arguments) -> Any:
+        here = list(arguments.leaves)
         for i, halo in halos.items():
-            here[i] = halo.filled(leaves[i])
+            here[i] = halo.filled(here[i])
         for i, cut in constants.items():
-            here[i] = cut(leaves[i], box)
-        args, kwargs = tree_unflatten(here, spec)
+            here[i] = cut(here[i], box)
+        args, kwargs = arguments.given(here)
         return func(*args, **kwargs)
 
     return Local(box, run)
@@ -445,8 +482,7 @@ def _spatial(leaf: Any, size: Sequence[int]) -> Callable[[Tensor, Box], Tensor] 
 
 def _separable(
     func: Function,
-    leaves: list[Any],
-    spec: TreeSpec,
+    arguments: Arguments,
     boxes: Mapping[int, Box],
     constants: Mapping[int, Callable[[Tensor, Box], Tensor]],
     generator: torch.Generator,
@@ -455,6 +491,7 @@ def _separable(
 
     Everything is copied before, so that what a function writes, in place or into running statistics, is lost.
     """
+    leaves = arguments.leaves
     size = [min(n, t) for n, t in zip(leaves[next(iter(boxes))].shape[-2:], _TRIAL, strict=True)]
     whole = Box(Span(0, size[0]), Span(0, size[1]))
     drawn = {}
@@ -467,10 +504,10 @@ def _separable(
             here[i] = box.of(maps).clone()
         for i, cut in constants.items():
             here[i] = cut(here[i], box)
-        args, kwargs = tree_unflatten(here, spec)
-        outputs = tree_flatten(func(*args, **kwargs))[0]
+        args, kwargs = arguments.given(here)
+        outputs = list(tensors_in(func(*args, **kwargs)))
         expected = (box.rows.size, box.columns.size)
-        if any(not isinstance(o, Tensor) or o.dim() != 4 or tuple(o.shape[-2:]) != expected for o in outputs):
+        if any(o.dim() != 4 or tuple(o.shape[-2:]) != expected for o in outputs):
             return None
         return outputs
 
@@ -488,7 +525,7 @@ def _separable(
                     return False
                 if not all(_alike(quarter.of(a), b) for a, b in zip(at_once, apart, strict=True)):
                     return False
-    except (RuntimeError, ValueError, IndexError, TypeError):  # a function that does not take maps of this size
+    except Exception:  # a function that does not take maps of this size may say so in any way
         return False
     return True
 
@@ -503,7 +540,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def _named(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 

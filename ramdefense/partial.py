@@ -25,11 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ramdefense.locality import Box, Function, Local, Span, local, spliced, worthwhile
+from ramdefense.locality import Arguments, Box, Function, Local, local, spliced, tensors_in, worthwhile
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -98,11 +97,16 @@ class PartialForward:
         """Calls that are computed inside a box."""
         return sum(step.local is not None for step in self._tape.steps)
 
+    @property
+    def calls(self) -> int:
+        """Calls that depend on the box, up to those that look at a whole map."""
+        return len(self._tape.steps)
+
     def share(self) -> float:
         """Multiply-adds of a forward pass, of those of a full one; in [0, 1] but for what borders cost."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), _Counter() as counter:
             self.attempt(self.clean)
-        return counter.get_total_flops() / max(self._tape.operations, 1)
+        return counter.operations / max(self._tape.operations, 1)
 
     def check(self, images: Tensor, under: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         """Compare a partial pass with a full one, values and gradients.
@@ -205,9 +209,10 @@ class _Recorder(TorchFunctionMode):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LOOKS or func == _REQUIRES_GRAD:
+        if func in _LOOKS or func in _OWN:
             return func(*args, **kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
+        arguments = Arguments(args, kwargs)
+        leaves = arguments.leaves
         met = {i: self.known[x] for i, x in enumerate(leaves) if isinstance(x, Tensor) and x in self.known}
         if not met:
             return func(*args, **kwargs)
@@ -216,7 +221,7 @@ class _Recorder(TorchFunctionMode):
         plan = None
         if boxed and len(boxed) == len(met):
             boxes = {i: self.tape.boxes[number] for i, number in boxed.items()}
-            plan = local(func, leaves, spec, boxes, self.generator)
+            plan = local(func, arguments, boxes, self.generator)
         before = [x._version if isinstance(x, Tensor) else 0 for x in leaves]
         output = func(*args, **kwargs)
         written = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x._version != before[i]]
@@ -230,7 +235,7 @@ class _Recorder(TorchFunctionMode):
         if not written and (same := [i for i in boxed if leaves[i] is output]):
             self.tape.steps.append(_Step(func, inputs, itself=same[0]))
             return
-        made = [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
+        made = list(tensors_in(output))
         if any(i in boxed for i in written):
             self._check_written(func, leaves, boxed, plan, written, made)
         if plan is None:
@@ -256,6 +261,24 @@ class _Recorder(TorchFunctionMode):
             raise NotPartialError(f"{name} writes into a map that is looked at elsewhere; run this model in full")
 
 
+class _Counter(TorchDispatchMode):
+    """Counts multiply-adds by PyTorch's formulas; its own `FlopCounterMode` takes seconds to set up."""
+
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # late: half a second
+
+        super().__init__()
+        self._formulas = flop_registry
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.operations += formula(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
 def _recorded(function: Forward, clean: Tensor, box: Box) -> _Tape:
     tape = _Tape()
     images = clean.detach().clone()
@@ -263,9 +286,9 @@ def _recorded(function: Forward, clean: Tensor, box: Box) -> _Tape:
     recorder.known[images] = tape.add(images, box)
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
-        with FlopCounterMode(display=False) as counter, recorder:
+        with _Counter() as counter, recorder:
             output = function(images)
-    tape.operations = counter.get_total_flops()
+    tape.operations = counter.operations
     number = recorder.known.get(output, _WHOLE) if isinstance(output, Tensor) else _WHOLE
     if number != _WHOLE:
         tape.kept[number] = output.detach()
@@ -320,18 +343,19 @@ class Partial(Tensor):
         if func in _LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func == _REQUIRES_GRAD:
-            return args[0]._crop.requires_grad
-        leaves, spec = tree_flatten((args, kwargs))
+        if func in _OWN:
+            return func(args[0]._crop)
+        arguments = Arguments(args, kwargs)
+        leaves = arguments.leaves
         maps = {i: x for i, x in enumerate(leaves) if isinstance(x, Partial)}
         run = next(iter(maps.values()))._run
         step = run.next(func, tuple((i, x._number) for i, x in maps.items()))
         if step.itself is not None:
             return leaves[step.itself]
         if step.local is None:
-            args, kwargs = tree_unflatten([x.whole() if i in maps else x for i, x in enumerate(leaves)], spec)
-            return func(*args, **kwargs)
-        return _continued(run, step, step.local, leaves, maps, spec)
+            whole, named = arguments.given([x.whole() if i in maps else x for i, x in enumerate(leaves)])
+            return func(*whole, **named)
+        return _continued(run, step, step.local, arguments, maps)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -341,17 +365,18 @@ class Partial(Tensor):
         return f"Partial(shape={tuple(self.shape)}, box={self._run.tape.boxes[self._number]})"
 
 
-def _continued(
-    run: _Run, step: _Step, plan: Local, leaves: list[Any], maps: dict[int, Partial], spec: TreeSpec
-) -> Any:
+def _continued(run: _Run, step: _Step, plan: Local, arguments: Arguments, maps: dict[int, Partial]) -> Any:
     """The result of a local call."""
-    crops = plan.run(step.func, [x._crop if i in maps else x for i, x in enumerate(leaves)], spec)
+    for i, x in maps.items():
+        arguments.leaves[i] = x._crop
+    crops = plan.run(step.func, arguments)
     if step.written is not None:
         target = maps[step.written]
         target._number, target._crop, target._whole = step.outputs[0], crops, None
         return target
-    numbers = iter(step.outputs)
-    return tree_map(lambda crop: _partial(run, next(numbers), crop), crops)
+    if isinstance(crops, Tensor):
+        return _partial(run, step.outputs[0], crops)
+    return type(crops)(_partial(run, number, crop) for number, crop in zip(step.outputs, crops, strict=True))
 
 
 def _partial(run: _Run, number: int, crop: Tensor, whole: Tensor | None = None) -> Partial:
@@ -363,7 +388,10 @@ def _partial(run: _Run, number: int, crop: Tensor, whole: Tensor | None = None) 
     return made
 
 
-_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+#: What a map is in memory and for autograd; the answer is that of its crop.
+_OWN = frozenset(
+    {Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.untyped_storage, Tensor.storage_offset}  # type: ignore[attr-defined]
+)
 
 #: What a map looks like; the answer is that of the whole one.
 _LOOKS = frozenset(
