@@ -21,9 +21,9 @@ from ramdefense.locality import Box
 from ramdefense.partial import NotPartialError, PartialForward
 
 LARGEST_SHARE = 0.75
-"""Of a full pass's operations, that may be left; measured by benchmarks/partial.py: above it little or nothing is won."""
+"""Of a full pass's operations that may be left; above it little or nothing is won (benchmarks/partial.py)."""
 
-SET_UP = 8
+SET_UP = 4
 """Looks that setting up costs, at most, by the same measure."""
 
 
@@ -43,13 +43,11 @@ def in_part(problem: Problem) -> Problem:
         return problem
     try:
         partial = _checked(problem)
-        with problem.under(0):
-            share = partial.share()
     except NotPartialError:
         if options.partial:
             raise
         return problem
-    pays = share <= LARGEST_SHARE and (1 - share) * runs * options.max_iter > SET_UP
+    pays = partial.share <= LARGEST_SHARE and (1 - partial.share) * runs * options.max_iter > SET_UP
     return replace(problem, partial=partial) if options.partial or pays else problem
 
 

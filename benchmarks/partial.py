@@ -1,13 +1,13 @@
 """One look of an attack (forward pass, and gradient to the patch) in full, and where the patch can change something.
 
-    python benchmarks/partial.py [--rounds 3] [--sizes 120x160,256x512] [--patches 40,100] [--device cpu]
+    python benchmarks/partial.py [--networks cnn,vit] [--sizes 512x1024] [--patches 40,200]
+        [--places corner,middle]
 
-Freshly built networks of the zoo, one image, a patch of noise in the lower right corner or in the middle. Each round
-runs both looks, one after the other, so that a slow moment of the machine meets both. "operations" is the share of the
-multiply-adds of a forward pass that is left, counted by PyTorch: no ratio of times can be below it for long. "time" is
-the median ratio partial / full; "setup" the clean pass, the comparison with the full pass and the count, in full looks.
-"error" is the largest difference of the logits, over the largest logit. "of" are the local ones of the calls that see
-the patch.
+Freshly built networks of the zoo, a patch of noise in the lower right corner or in the middle. Each round runs both
+looks, one after the other, so that a slow moment of the machine meets both. "local calls" are those of the functions
+that see the patch which are computed inside a box; "operations" is the share of the multiply-adds of a forward pass
+that is left, the ceiling; "time" the median ratio partial / full; "setup" the clean pass and the comparison with a full
+one, in full looks; "error" the largest difference of the logits, over the largest logit.
 """
 
 from __future__ import annotations
@@ -55,20 +55,21 @@ def place(size: tuple[int, int], side: int, where: str) -> Box:
     return Box(*(Span(top, top + side) for top in tops))
 
 
-def measured(architecture: str, size: tuple[int, int], side: int, where: str, rounds: int, device: str) -> list[str]:
+def measured(
+    architecture: str, size: tuple[int, int], side: int, where: str, count: int, rounds: int, device: str
+) -> list[str]:
     """The cells of one line."""
     torch.manual_seed(0)
     network = build_network(architecture, CLASSES).eval().to(device)
-    images, patch = torch.rand(1, 3, *size, device=device), torch.rand(1, 3, side, side, device=device)
+    images, patch = torch.rand(count, 3, *size, device=device), torch.rand(count, 3, side, side, device=device)
     box, cuda = place(size, side, where), device != "cpu"
     full = seconds(lambda: look(network, images, patch, box), cuda)
     try:
         made: list[PartialForward] = []
         setup = seconds(lambda: made.append(_set_up(network, images, box)), cuda)
     except NotPartialError:
-        return ["", f"{full * 1e3:.0f}", "the patch is most of the image", "", "", ""]
+        return ["none", f"{full * 1e3:.0f}", "1.00", "1.00", "", ""]
     partial = made[0]
-    left = partial.share()
     (own, _), (value, _) = (look(forward, images, patch, box) for forward in (partial.attempt, network))
     error = float((own - value).abs().max() / value.abs().max())
     ratios, fulls = [], []
@@ -78,14 +79,13 @@ def measured(architecture: str, size: tuple[int, int], side: int, where: str, ro
     took = statistics.median(fulls)
     calls = f"{partial.local_calls}/{partial.calls}"
     return [
-        calls, f"{took * 1e3:.0f}", f"{left:.2f}", f"{statistics.median(ratios):.2f}", f"{setup / took:.1f}", f"{error:.0e}"
+        calls, f"{took * 1e3:.0f}", f"{partial.share:.2f}", f"{statistics.median(ratios):.2f}", f"{setup / took:.1f}", f"{error:.0e}"
     ]  # fmt: skip
 
 
 def _set_up(network: Callable[[Tensor], Tensor], images: Tensor, box: Box) -> PartialForward:
     partial = PartialForward(network, images, box)
     partial.check(torch.rand_like(images).where(_inside(images, box), images))
-    partial.share()
     return partial
 
 
@@ -98,13 +98,14 @@ def _inside(images: Tensor, box: Box) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--networks", default=",".join(ARCHITECTURES))
-    parser.add_argument("--sizes", default="120x160,256x512,512x1024")
-    parser.add_argument("--patches", default="40,100,200")
-    parser.add_argument("--places", default="corner,middle")
+    parser.add_argument("--sizes", default="120x160,256x512")
+    parser.add_argument("--patches", default="40,100")
+    parser.add_argument("--places", default="corner")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    table = Table(title=f"Partial over full look, one image, {torch.get_num_threads()} thread(s), {arguments.device}")
+    table = Table(title=f"Partial over full look, {arguments.images} image(s), {torch.get_num_threads()} thread(s), {arguments.device}")
     for column in ("network", "image", "patch", "place", "local calls", "full, ms", "operations", "time", "setup", "error"):
         table.add_column(column, justify="left" if column in ("network", "place") else "right")
     for architecture in arguments.networks.split(","):
@@ -113,7 +114,8 @@ def main() -> None:
             for side in map(int, arguments.patches.split(",")):
                 for where in arguments.places.split(","):
                     if side <= min(height, width):
-                        line = measured(architecture, (height, width), side, where, arguments.rounds, arguments.device)
+                        given = arguments.images, arguments.rounds, arguments.device
+                        line = measured(architecture, (height, width), side, where, *given)
                         table.add_row(architecture, text, str(side), where, *line)
     Console().print(table)
 

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ramdefense.locality import Arguments, Box, Function, Local, local, spliced, tensors_in, worthwhile
+from ramdefense.operations import multiply_adds
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -102,11 +102,10 @@ class PartialForward:
         """Calls that depend on the box, up to those that look at a whole map."""
         return len(self._tape.steps)
 
+    @property
     def share(self) -> float:
-        """Multiply-adds of a forward pass, of those of a full one; in [0, 1] but for what borders cost."""
-        with torch.no_grad(), _Counter() as counter:
-            self.attempt(self.clean)
-        return counter.operations / max(self._tape.operations, 1)
+        """Multiply-adds of a partial forward pass, of those of a full one: 1 where nothing is saved."""
+        return self._tape.left / max(self._tape.operations, 1)
 
     def check(self, images: Tensor, under: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         """Compare a partial pass with a full one, values and gradients.
@@ -178,7 +177,8 @@ class _Tape:
         boxes: of each value, by its number; 0 is the images.
         looks: shape, strides, dtype and device of each value.
         kept: whole clean maps of the values of which one was needed.
-        operations: multiply-adds.
+        operations: multiply-adds of the whole pass.
+        left: those of a partial one.
     """
 
     steps: list[_Step] = field(default_factory=list)
@@ -186,6 +186,7 @@ class _Tape:
     looks: list[Tensor] = field(default_factory=list)
     kept: dict[int, Tensor] = field(default_factory=dict)
     operations: int = 0
+    left: float = 0.0
 
     def add(self, maps: Tensor, box: Box) -> int:
         self.boxes.append(box)
@@ -215,7 +216,9 @@ class _Recorder(TorchFunctionMode):
         leaves = arguments.leaves
         met = {i: self.known[x] for i, x in enumerate(leaves) if isinstance(x, Tensor) and x in self.known}
         if not met:
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
+            self._count(func, leaves, output)
+            return output
         boxed = {i: number for i, number in met.items() if number != _WHOLE}
         # before the call, which may write into its arguments
         plan = None
@@ -225,8 +228,14 @@ class _Recorder(TorchFunctionMode):
         before = [x._version if isinstance(x, Tensor) else 0 for x in leaves]
         output = func(*args, **kwargs)
         written = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x._version != before[i]]
+        self._count(func, leaves, output, plan)
         self._note(func, leaves, boxed, plan, written, output)
         return output
+
+    def _count(self, func: Function, leaves: list[Any], output: Any, plan: Local | None = None) -> None:
+        count = multiply_adds(func, [x for x in leaves if isinstance(x, Tensor)], output)
+        self.tape.operations += count
+        self.tape.left += count * plan.box.area / math.prod(output.shape[-2:]) if plan and count else count
 
     def _note(
         self, func: Function, leaves: list[Any], boxed: dict[int, int], plan: Local | None, written: list[int], output: Any
@@ -261,34 +270,14 @@ class _Recorder(TorchFunctionMode):
             raise NotPartialError(f"{name} writes into a map that is looked at elsewhere; run this model in full")
 
 
-class _Counter(TorchDispatchMode):
-    """Counts multiply-adds by PyTorch's formulas; its own `FlopCounterMode` takes seconds to set up."""
-
-    def __init__(self) -> None:
-        from torch.utils.flop_counter import flop_registry  # late: half a second
-
-        super().__init__()
-        self._formulas = flop_registry
-        self.operations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        formula = self._formulas.get(func._overloadpacket)
-        if formula is not None:
-            self.operations += formula(*args, **(kwargs or {}), out_val=output)
-        return output
-
-
 def _recorded(function: Forward, clean: Tensor, box: Box) -> _Tape:
     tape = _Tape()
     images = clean.detach().clone()
     recorder = _Recorder(tape)
     recorder.known[images] = tape.add(images, box)
     devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        with _Counter() as counter, recorder:
-            output = function(images)
-    tape.operations = counter.operations
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), recorder:
+        output = function(images)
     number = recorder.known.get(output, _WHOLE) if isinstance(output, Tensor) else _WHOLE
     if number != _WHOLE:
         tape.kept[number] = output.detach()

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ramdefense.locality as locality
 import ramdefense.partial as partial
+from attacks.diversity import InputDiversity
 from attacks.options import PatchOptions
-from attacks.transformations import EOT
 from evaluation.networks import ARCHITECTURES, Fusion, Residual, build_network, conv
 from ramdefense.locality import Arguments, Box, Span
 from ramdefense.partial import NotPartialError, PartialForward
@@ -211,7 +211,8 @@ def test_float32_differs_by_rounding_alone() -> None:
     torch.manual_seed(0)
     network, box = build_network("cnn", 5).eval(), at(80, 120, 40, 40)
     clean, images = drawn((120, 160), box, dtype=torch.float32)
-    one, other = network(images), PartialForward(network, clean, box).attempt(images)
+    with torch.no_grad():
+        one, other = network(images), PartialForward(network, clean, box).attempt(images)
     assert float((one - other).abs().max()) <= 16 * torch.finfo(torch.float32).eps * float(one.abs().max())
 
 
@@ -367,9 +368,9 @@ def test_only_the_box_is_computed_forwards_and_backwards() -> None:
     box = at(20, 30, 4, 4)
     clean, images = drawn((60, 60), box, dtype=torch.float32)
     part = PartialForward(network, clean, box)
-    assert part.share() == (36 + 64 + 100) / (3 * 3600)
+    assert part.share == (36 + 64 + 100) / (3 * 3600)
     full, left = operations(network, images, box), operations(part.attempt, images, box)
-    assert left < 1.5 * part.share() * full  # backwards the halo is crossed, too
+    assert left < 1.5 * part.share * full  # backwards the halo is crossed, too
 
 
 def test_the_share_of_a_decoder_on_two_scales() -> None:
@@ -383,7 +384,7 @@ def test_the_share_of_a_decoder_on_two_scales() -> None:
         return F.interpolate(decoder([fine, deep(fine)]), x.shape[-2:], mode="bilinear", align_corners=False)
 
     part = equal_passes(forward, (96, 128), at(88, 120, 8, 8))
-    assert part.share() < 0.1
+    assert part.share < 0.1
     assert not network.training
 
 
@@ -426,7 +427,7 @@ def test_an_attack_in_part_is_the_attack(options: dict[str, Any], monkeypatch: p
     assert sum(passes) >= cost.forwards
 
 
-def test_images_that_are_done_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_done_leave() -> None:
     """The first image is won at once; the others' clean maps are not mixed up."""
     network = squared().double()
     images, _ = frames(3, (48, 64), 4)
@@ -446,26 +447,26 @@ def test_automatic_is_used_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(PartialForward, "__call__", lambda self, x: used.append(x.shape) or call(self, x))
     images, labels = frames(2, (48, 64), 4)
 
-    def looks(**options: Any) -> int:
+    def looks(network: nn.Module, **options: Any) -> int:
         used.clear()
-        make(Segmenter(squared(), 4), images, labels, **(OPTIONS | options))
+        make(Segmenter(network, 4), images, labels, **(OPTIONS | options))
         return len(used)
 
-    assert looks() == 0  # off by default
-    assert looks(partial=None) > 0
-    assert looks(partial=None, max_iter=2) == 0  # over before it has paid
-    assert looks(partial=None, patch_shape=(36, 48)) == 0
-    assert looks(partial=None, eot=EOT(samples=2)) == 0
     torch.manual_seed(0)
-    make(Segmenter(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.InstanceNorm2d(4)), 4), images, labels,
-         partial=None, **OPTIONS)  # fmt: skip
-    assert not used or looks(partial=None) > 0
+    everywhere = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.InstanceNorm2d(4))
+    assert looks(squared()) == 0  # off by default
+    assert looks(squared(), partial=None, max_iter=20) > 0
+    assert looks(squared(), partial=None, max_iter=4) == 0  # over before it has paid
+    assert looks(squared(), partial=None, max_iter=20, patch_shape=(36, 48)) == 0
+    assert looks(squared(), partial=None, max_iter=20, eot=InputDiversity()) == 0
+    assert looks(everywhere.train(), partial=None, max_iter=20) > 0  # the convolution alone
+    assert looks(nn.Sequential(nn.InstanceNorm2d(3), everywhere), partial=None, max_iter=20) == 0
 
 
 def test_what_cannot_be_done_is_said() -> None:
     images, labels = frames(2, (48, 64), 4)
     with pytest.raises(ValueError, match="`eot` moves the patch"):
-        PatchOptions(partial=True, eot=EOT())
+        PatchOptions(partial=True, eot=InputDiversity())
     with pytest.raises(ValueError, match="`partial` is 'yes'"):
         PatchOptions(partial="yes")  # type: ignore[arg-type]
     with pytest.raises(NotPartialError, match="run them in full"):
@@ -507,3 +508,15 @@ def test_maps_look_like_the_whole_ones() -> None:
 
     equal_passes(watched, (24, 24), at(6, 6, 6, 6))
     assert seen[0] == f"Partial(shape=(2, 3, 24, 24), box={at(6, 6, 6, 6)})"
+
+
+@pytest.mark.parametrize("architecture", ["nonlocal", "vit", "swin"])
+def test_operations_are_those_that_pytorch_counts(architecture: str) -> None:
+    network, box = build_network(architecture, 5).eval(), at(0, 0, 4, 4)
+    clean, images = drawn((40, 56), box, dtype=torch.float32)
+    part = PartialForward(network, clean, box)
+    with torch.no_grad(), FlopCounterMode(display=False) as full:
+        network(images)
+    with torch.no_grad(), FlopCounterMode(display=False) as left:
+        part.attempt(images)
+    assert part.share == pytest.approx(left.get_total_flops() / full.get_total_flops(), rel=0.02)
