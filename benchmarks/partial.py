@@ -76,11 +76,14 @@ def measured(
     for _ in range(rounds):
         fulls.append(seconds(lambda: look(network, images, patch, box), cuda))
         ratios.append(seconds(lambda: look(partial.attempt, images, patch, box), cuda) / fulls[-1])
-    took = statistics.median(fulls)
-    calls = f"{partial.local_calls}/{partial.calls}"
     return [
-        calls, f"{took * 1e3:.0f}", f"{partial.share:.2f}", f"{statistics.median(ratios):.2f}", f"{setup / took:.1f}", f"{error:.0e}"
-    ]  # fmt: skip
+        f"{partial.local_calls}/{partial.calls}",
+        f"{statistics.median(fulls) * 1e3:.0f}",
+        f"{partial.share:.2f}",
+        f"{statistics.median(ratios):.2f}",
+        f"{setup / statistics.median(fulls):.1f}",
+        f"{error:.0e}",
+    ]
 
 
 def _set_up(network: Callable[[Tensor], Tensor], images: Tensor, box: Box) -> PartialForward:
@@ -105,8 +108,10 @@ def main() -> None:
     parser.add_argument("--places", default="corner")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    table = Table(title=f"Partial over full look, {arguments.images} image(s), {torch.get_num_threads()} thread(s), {arguments.device}")
-    for column in ("network", "image", "patch", "place", "local calls", "full, ms", "operations", "time", "setup", "error"):
+    threads = f"{torch.get_num_threads()} thread(s)"
+    table = Table(title=f"Partial over full look, {arguments.images} image(s), {threads}, {arguments.device}")
+    columns = ("network", "image", "patch", "place", "local calls", "full, ms", "operations", "time", "setup", "error")
+    for column in columns:
         table.add_column(column, justify="left" if column in ("network", "place") else "right")
     for architecture in arguments.networks.split(","):
         for text in arguments.sizes.split(","):

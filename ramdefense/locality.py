@@ -3,8 +3,8 @@
 A rule looks at one call on whole feature maps, of which some are known to change inside a box only, and answers with a
 `Local`: the box of the output that may change, and the same call on crops. Convolutions, pools, padding, resizing and
 pixel shuffles are known by their geometry. Every other function is tried: one that gives the same on four quarters of
-random maps as on the whole treats each place by itself (activations, batch norm in eval mode, sums and products of maps,
-concatenation of channels, softmax over channels), whatever its name is. What is neither is not local.
+random maps as on the whole treats each place by itself (activations, batch norm in eval mode, sums and products of
+maps, concatenation of channels, softmax over channels), whatever its name is. What is neither is not local.
 
 Where a window reaches over the edge of its crop, real values of the clean map are put there, and padding only at the
 edge of the image; they are taken once, when the rule is made, so that a call on crops copies little.
@@ -45,7 +45,8 @@ class Span(NamedTuple):
         return Span(min(self.start, other.start), max(self.stop, other.stop))
 
     def common(self, other: Span) -> Span:
-        start = max(self.start, other.start)
+        """What both hold; an empty span inside `other` where that is nothing."""
+        start = min(max(self.start, other.start), other.stop)
         return Span(start, max(start, min(self.stop, other.stop)))
 
 
@@ -172,15 +173,13 @@ class Halo:
             inner.columns.start - columns.start, columns.stop - inner.columns.stop,
             inner.rows.start - rows.start, rows.stop - inner.rows.stop,
         )  # fmt: skip
-        self._seen = Box(box.rows.common(inner.rows), box.columns.common(inner.columns))
-        self._taken = Box(*(Span(s.start - b.start, s.stop - b.start) for s, b in zip(self._seen, box, strict=True)))
-        self._rows, self._columns = self._seen.rows.within(rows), self._seen.columns.within(columns)
+        seen = Box(box.rows.common(inner.rows), box.columns.common(inner.columns))
+        self._taken = Box(*(Span(s.start - b.start, s.stop - b.start) for s, b in zip(seen, box, strict=True)))
+        self._rows, self._columns = seen.rows.within(rows), seen.columns.within(columns)
         self._base = F.pad(inner.of(clean), edges, value=value).clone()
 
     def filled(self, crop: Tensor) -> Tensor:
-        """The region with the crop in its place; differentiable in the crop."""
-        if self._seen.area == 0:
-            return self._base
+        """The region with the crop in its place; differentiable in the crop, of which it may have no part."""
         return spliced(self._base, self._taken.of(crop), self._rows, self._columns)
 
 
@@ -355,9 +354,10 @@ def _enlarged(maps: Tensor, box: Box, factors: Sequence[int]) -> Local | None:
     size = [n * f for n, f in zip(maps.shape[-2:], factors, strict=True)]
     if not worthwhile(out, size):
         return None
-    halo = Halo(maps, box, *around)
+    halo = Halo(maps, box, around[0], around[1])
     whole = [s.size * f for s, f in zip(around, factors, strict=True)]
-    cut = Box(*(Span((s.start - a.start) * f, (s.stop - a.start) * f) for s, a, f in zip(seen, around, factors, strict=True)))
+    inner = (s.within(a) for s, a in zip(seen, around, strict=True))
+    cut = Box(*(Span(s.start * f, s.stop * f) for s, f in zip(inner, factors, strict=True)))
 
     def run(func: Function, arguments: Arguments) -> Tensor:
         return cut.of(F.interpolate(halo.filled(arguments.leaves[0]), whole, mode="bilinear", align_corners=False))
@@ -384,7 +384,7 @@ def _gathered(maps: Tensor, box: Box, *sources: Tensor) -> Local | None:
     out = Box(*outs)
     if not worthwhile(out, [s.numel() for s in sources]):
         return None
-    halo = Halo(maps, box, *needs)
+    halo = Halo(maps, box, needs[0], needs[1])
 
     def run(func: Function, arguments: Arguments) -> Tensor:
         region = halo.filled(arguments.leaves[0])

@@ -2,10 +2,10 @@
 
 Outside the receptive field of a box of the image, activations are those of the clean image. So the clean image is run
 once, with a `TorchFunctionMode` that notes every function of something that depends on the box: those that are local
-(`ramdefense.locality`) with the box of their output and the clean values around it, the others as they are. Later images
-are run with their box alone: a `Partial` stands for a whole map and carries the crop; a local function makes another
-`Partial`, and the first one that is not local (attention, a global pool, a reshape to tokens) gets the whole map, the
-crop spliced into the clean one. From there on everything runs in full, on plain tensors.
+(`ramdefense.locality`) with the box of their output and the clean values around it, the others as they are. Later
+images are run with their box alone: a `Partial` stands for a whole map and carries the crop; a local function makes
+another `Partial`, and the first one that is not local (attention, a global pool, a reshape to tokens) gets the whole
+map, the crop spliced into the clean one. From there on everything runs in full, on plain tensors.
 
 Nothing of the model is changed or copied, and hooks on it run as ever. Values and gradients are those of the full pass,
 up to the rounding of the library, whose kernels may add in another order on another size. A model whose calls are not
@@ -42,7 +42,7 @@ class _Diverged(Exception):
 
 
 class PartialForward:
-    """A function of images that are those of `clean` outside a box, computed where it may differ from `function(clean)`.
+    """A function of images that are `clean` outside a box, computed where it may differ from `function(clean)`.
 
     Args:
         function: images (N, C, H, W) -> tensor, such as a model in eval mode or a segmenter's `logits`. It treats equal
@@ -135,7 +135,7 @@ class PartialForward:
                 output = function(whole)
                 weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
                 slope = torch.autograd.grad((output.flatten() * weights).sum(), leaf)[0]
-            except (_Diverged, RuntimeError, TypeError) as error:
+            except Exception as error:
                 raise NotPartialError(f"a partial pass fails ({error}); run this model in full") from error
         return output.detach(), slope
 
@@ -194,6 +194,17 @@ class _Tape:
         return len(self.boxes) - 1
 
 
+class _Call(NamedTuple):
+    """One call of the clean pass: which of its leaves depend on the box alone, and which it has written into."""
+
+    func: Function
+    leaves: list[Any]
+    boxed: dict[int, int]
+    plan: Local | None
+    written: list[int]
+    output: Any
+
+
 _WHOLE = -1  # in place of the number of a value: depends on the box, and has none
 
 
@@ -229,7 +240,7 @@ class _Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)
         written = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x._version != before[i]]
         self._count(func, leaves, output, plan)
-        self._note(func, leaves, boxed, plan, written, output)
+        self._note(_Call(func, leaves, boxed, plan, written, output))
         return output
 
     def _count(self, func: Function, leaves: list[Any], output: Any, plan: Local | None = None) -> None:
@@ -237,36 +248,35 @@ class _Recorder(TorchFunctionMode):
         self.tape.operations += count
         self.tape.left += count * plan.box.area / math.prod(output.shape[-2:]) if plan and count else count
 
-    def _note(
-        self, func: Function, leaves: list[Any], boxed: dict[int, int], plan: Local | None, written: list[int], output: Any
-    ) -> None:
-        inputs = tuple(boxed.items())
-        if not written and (same := [i for i in boxed if leaves[i] is output]):
-            self.tape.steps.append(_Step(func, inputs, itself=same[0]))
+    def _note(self, call: _Call) -> None:
+        inputs = tuple(call.boxed.items())
+        if not call.written and (same := [i for i in call.boxed if call.leaves[i] is call.output]):
+            self.tape.steps.append(_Step(call.func, inputs, itself=same[0]))
             return
-        made = list(tensors_in(output))
-        if any(i in boxed for i in written):
-            self._check_written(func, leaves, boxed, plan, written, made)
-        if plan is None:
-            for x in (*made, *(leaves[i] for i in written)):
+        made = list(tensors_in(call.output))
+        if any(i in call.boxed for i in call.written):
+            self._check_written(call, made)
+        if call.plan is None:
+            for x in (*made, *(call.leaves[i] for i in call.written)):
                 self.known[x] = _WHOLE
-            if boxed:
-                self.tape.kept |= {number: leaves[i].detach() for i, number in inputs}
-                self.tape.steps.append(_Step(func, inputs))
+            if call.boxed:
+                self.tape.kept |= {number: call.leaves[i].detach() for i, number in inputs}
+                self.tape.steps.append(_Step(call.func, inputs))
             return
-        numbers = tuple(self.tape.add(x, plan.box) for x in made)
+        numbers = tuple(self.tape.add(x, call.plan.box) for x in made)
         for x, number in zip(made, numbers, strict=True):
             self.known[x] = number
-        self.tape.steps.append(_Step(func, inputs, plan, numbers, written=written[0] if written else None))
+        written = call.written[0] if call.written else None
+        self.tape.steps.append(_Step(call.func, inputs, call.plan, numbers, written=written))
 
-    def _check_written(
-        self, func: Function, leaves: list[Any], boxed: dict[int, int], plan: Local | None, written: list[int], made: list[Tensor]
-    ) -> None:
+    def _check_written(self, call: _Call, made: list[Tensor]) -> None:
         """Writing into a map is followed where it is that of nobody else and is what the call returns."""
-        name = getattr(func, "__name__", func)
-        maps = leaves[written[0]]
+        first = call.written[0]
+        maps = call.leaves[first]
         alone = not maps._is_view() and not any(other._base is maps for other in list(self.known))
-        if plan is None or len(written) != 1 or made != [maps] or not alone or boxed[written[0]] in self.tape.kept:
+        returned = len(made) == 1 and made[0] is maps and len(call.written) == 1
+        if call.plan is None or not returned or not alone or call.boxed[first] in self.tape.kept:
+            name = getattr(call.func, "__name__", call.func)
             raise NotPartialError(f"{name} writes into a map that is looked at elsewhere; run this model in full")
 
 
@@ -276,8 +286,13 @@ def _recorded(function: Forward, clean: Tensor, box: Box) -> _Tape:
     recorder = _Recorder(tape)
     recorder.known[images] = tape.add(images, box)
     devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), recorder:
-        output = function(images)
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), recorder:
+            output = function(images)
+    except NotPartialError:
+        raise
+    except Exception as error:  # compiled parts and the like fail in ways of their own
+        raise NotPartialError(f"the clean pass fails when it is watched ({error}); run this model in full") from error
     number = recorder.known.get(output, _WHOLE) if isinstance(output, Tensor) else _WHOLE
     if number != _WHOLE:
         tape.kept[number] = output.detach()
@@ -347,10 +362,12 @@ class Partial(Tensor):
         return _continued(run, step, step.local, arguments, maps)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise _Diverged(f"{func} came without a tensor function, from a compiled or scripted part of the model")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Partial(shape={tuple(self.shape)}, box={self._run.tape.boxes[self._number]})"
 
 
@@ -379,7 +396,11 @@ def _partial(run: _Run, number: int, crop: Tensor, whole: Tensor | None = None) 
 
 #: What a map is in memory and for autograd; the answer is that of its crop.
 _OWN = frozenset(
-    {Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.untyped_storage, Tensor.storage_offset}  # type: ignore[attr-defined]
+    {
+        *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf")),
+        Tensor.untyped_storage,
+        Tensor.storage_offset,
+    }
 )
 
 #: What a map looks like; the answer is that of the whole one.
