@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=2)
-    parser.add_argument("--networks", default=",".join(ARCHITECTURES))
+    parser.add_argument("--networks", default="cnn,nonlocal,swin,vit", help=f"of {', '.join(ARCHITECTURES)}")
     parser.add_argument("--sizes", default="120x160,256x512")
     parser.add_argument("--patches", default="40,100")
     parser.add_argument("--places", default="corner")
