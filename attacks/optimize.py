@@ -20,6 +20,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from attacks.criteria import off_label, on_target
 from attacks.interfaces import Victim
 from attacks.options import AttackOptions, PatchOptions
+from attacks.partial import in_part
 from attacks.patch import Patch, for_each_image
 from attacks.problem import Problem, Spent
 from attacks.steps import SCHEDULES, Seen, State
@@ -176,7 +177,7 @@ def optimize(
                 criterion=on_target if options.aims else off_label,
                 spent=spent,
             )
-            kept.append(_best_of_runs(problem, progress))
+            kept.append(_best_of_runs(in_part(problem), progress))
     result = Result(
         criterion=tuple(torch.cat([batch.criterion for batch in kept]).tolist()),
         loss=tuple(torch.cat([batch.loss for batch in kept]).tolist()),

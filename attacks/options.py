@@ -214,6 +214,9 @@ class PatchOptions(AttackOptions):
             (`attacks.geometry.disc`, `several`); None: wholly. Kept as nested tuples.
         eot: Transformations of the patch over which the gradient is averaged, `attacks.EOT` or
             `attacks.diversity.InputDiversity`; None: the patch is pasted as it is.
+        partial: Compute only what the patch can change (`attacks.partial`), which costs less on convolutional models
+            and large images, and rounds differently. None: where it pays; True: wherever it can be done, an error
+            where it cannot; False: never. A universal patch is always made in full.
 
     Raises:
         TypeError, ValueError: As `AttackOptions`.
@@ -223,9 +226,12 @@ class PatchOptions(AttackOptions):
     patch_location: Location = "lower_right"
     patch_alpha: Sequence[Sequence[float]] | Tensor | None = None
     eot: EOT | InputDiversity | None = None
+    partial: bool | None = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.partial is not None:
+            _flag("partial", self.partial)
         if self.patch_shape is not None:
             object.__setattr__(self, "patch_shape", check_shape(self.patch_shape))
         if self.placement is None:
@@ -252,6 +258,8 @@ class PatchOptions(AttackOptions):
             object.__setattr__(self, "patch_alpha", tuple(map(tuple, alpha.tolist())))
         if self.eot is not None and not isinstance(self.eot, (EOT, InputDiversity)):
             raise ValueError(f"`eot` is {self.eot!r}; it must be an attacks.EOT, an InputDiversity or None.")
+        if self.partial and self.eot is not None:
+            raise ValueError("`partial` is True, and `eot` moves the patch about; leave one of them out.")
 
     @property
     def placement(self) -> Placement | None:

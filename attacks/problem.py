@@ -15,6 +15,7 @@ from attacks.interfaces import Victim
 from attacks.objectives import Objective
 from attacks.terms import Forward
 from attacks.threats import Threat
+from ramdefense.partial import PartialForward
 from ramdefense.traits import Traits
 
 if TYPE_CHECKING:
@@ -58,18 +59,23 @@ class Problem:
     objective: Objective
     criterion: Criterion
     spent: Spent = field(default_factory=Spent)
+    partial: PartialForward | None = None  # the victim's logits, computed where a patch can change them
 
     def __len__(self) -> int:
         return len(self.reference)
 
     def rows(self, chosen: Tensor) -> Problem:
         """The problem of some of the images; `chosen` holds their indices."""
-        return replace(
+        some = replace(
             self,
             threat=self.threat.rows(chosen),
             reference=self.reference[chosen],
             streams=tuple(self.streams[row] for row in chosen.tolist()),
         )
+        if self.partial is None or len(some) == len(self):
+            return some
+        with some.under(0):
+            return replace(some, partial=self.partial.rows(chosen))
 
     @property
     def deterministic(self) -> bool:
@@ -116,7 +122,7 @@ class Problem:
                 counted = valid & ~covered
                 with ExitStack() as stack:
                     observed = [stack.enter_context(term.observe(self.victim)) for term in self.options.terms]
-                    logits = self.victim.logits(placed)
+                    logits = (self.partial or self.victim.logits)(placed)
                 loss = self.objective(logits, self.reference, counted, progress)
                 for term, seen in zip(self.options.terms, observed, strict=True):
                     loss = loss + term(Forward(leaf, placed, covered, logits, seen))
