@@ -47,4 +47,5 @@ _COUNTS: dict[str, Callable[[Sequence[Tensor], Tensor], int]] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
     **dict.fromkeys(("linear", "matmul", "__matmul__", "bmm", "mm", "mv"), _product),
     "scaled_dot_product_attention": _attention,
+    "refined_attention": _attention,  # the operator
 }

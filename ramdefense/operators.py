@@ -133,7 +133,8 @@ _OPTIONS = (
 )
 _LIBRARY = torch.library.Library("ramdefense", "DEF")
 _LIBRARY.define(
-    f"refined_attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? seeds, {_OPTIONS}) -> (Tensor, Tensor)",
+    "refined_attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? seeds, "
+    f"{_OPTIONS}) -> (Tensor out, Tensor numbers)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.define(

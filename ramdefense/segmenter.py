@@ -20,6 +20,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from tqdm.auto import trange  # type: ignore[import-untyped]
 
+from ramdefense.batch_norm import sound_gradients
 from ramdefense.checks import check_labels
 from ramdefense.outputs import labels_of, logits_of
 from ramdefense.preprocessing import preprocess, standardisation
@@ -581,7 +582,8 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
         weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
         images = images.to(self.device, torch.float32 if weight is None else weight.dtype)
         inputs, labels = self._apply_preprocessing(images, labels, fit=fit, no_grad=False)
-        with self._conditions_for_versions(len(images), len(inputs)), self._precision():
+        conditions = self._conditions_for_versions(len(images), len(inputs))
+        with conditions, self._precision(), sound_gradients(self.model, inputs):
             if frozen:
                 weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
                 output = torch.func.functional_call(self.model, weights, (inputs,))
