@@ -26,10 +26,11 @@ class _Copy:
         arrived.record(torch.cuda.current_stream(flags.device))
         return cls(host, arrived)
 
-    def read(self) -> Tensor:
+    def read(self) -> list[bool]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.flags if self.rows is None else self.flags[self.rows]
+        flags: list[bool] = (self.flags if self.rows is None else self.flags[self.rows]).tolist()
+        return flags
 
 
 class Late:
@@ -46,12 +47,12 @@ class Late:
         self._late = late
         self._before: _Copy | None = None
 
-    def read(self, flags: Tensor) -> Tensor | None:
-        """The values (N,) on the host, of this step or of the one before, of which there is none at first."""
+    def read(self, flags: Tensor) -> list[bool]:
+        """The values (N,) of this step or of the one before; false at first, when there is none before."""
         if not self._late:
-            return flags
+            return _Copy(flags, None).read()
         before, self._before = self._before, _Copy.of(flags)
-        return None if before is None else before.read()
+        return [False] * len(flags) if before is None else before.read()
 
     def rows(self, chosen: Tensor) -> None:
         """Only these images, by their indices on the host, are still asked for."""

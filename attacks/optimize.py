@@ -277,9 +277,9 @@ def _run(problem: Problem, run: int, restart: int, progress: tqdm) -> _Kept:
         look = problem.look(point, run, step, gradient=rule.gradient, judge=options.keep_best)
         if options.keep_best:
             kept.keep(rows, point, look.criterion, look.loss, final=leaving)
-        won = late.read(look.criterion == 1) if leaving else None
-        if won is not None and bool(won.any()):
-            stay = (~won).nonzero()[:, 0]
+        won = late.read(look.criterion == 1) if leaving else []
+        if any(won):
+            stay = torch.tensor([row for row, done in enumerate(won) if not done], dtype=torch.int64)
             if not len(stay):
                 progress.update(options.max_iter - step)
                 return kept
