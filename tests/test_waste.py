@@ -218,7 +218,8 @@ class NoWait(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         masks = name.startswith("index") and any(getattr(part, "dtype", None) == torch.bool for part in indices(args))
-        assert not (name in INSIDE or masks), f"{name} waits for the device."
+        waits = name in INSIDE or masks
+        assert not waits, f"{name} waits for the device."
         return func(*args, **(kwargs or {}))
 
 
