@@ -1,12 +1,14 @@
 """What a step of a patch attack costs, beside four packages that make the same patch, and where its time goes.
 
-    python benchmarks/pgd.py [--models zoo:camvid-cnn,zoo:camvid-vit] [--size 120x160] [--steps 15] [--compile]
+    python benchmarks/pgd.py [--models zoo:camvid-cnn,zoo:camvid-vit] [--size 120x160] [--steps 10] [--compile]
 
 The first table: plain PGD on the cross entropy, from grey, with one step size, on one model and the same drawn street
 scenes. ART attacks the image under a mask, through `PyTorchSegmenter`; torchattacks, foolbox and adv_lib attack a patch
 as input, the module `p ↦ model(paste(images, p))`. Each round runs every contender once, one after the other, so that a
 slow moment of the machine meets all of them; shown are medians over the rounds. "ratio" is to the fastest of the four:
-above 1 is faster than it. "won" is the share of the counted pixels that lost their label, outside the patch.
+above 1 is faster than it. Ours counts, in each call, the pass that tells what the last patch has won, and two of one
+image that tell whether the model is random, which weigh less the more steps there are. "won" is the share of the
+counted pixels that lost their label, outside the patch.
 
 The second: the shares of one step of ours, in percent. The model, and the backward pass through it, begin at the images
 that it is given and end at its logits, of the images' size; everything else is the attack's own.
@@ -297,7 +299,7 @@ def main() -> None:
     parser.add_argument("--models", default=MODELS, help="names, with commas between them")
     parser.add_argument("--size", default="120x160", help="HEIGHTxWIDTH of the images")
     parser.add_argument("--images", type=int, default=2, help="in one batch")
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours on a compiled model, too (minutes to compile)")
     arguments = parser.parse_args()
@@ -319,9 +321,9 @@ def main() -> None:
         table.add_section()
 
     parts = {model: shares(case) for model, case in named.items()}
-    split = Table(title=f"percent of a step of ours, {where}")
-    split.add_column("model")
-    for column in ("ms/image/step", *next(iter(parts.values()))[1]):
+    split = Table(title=f"ms for an image and step of ours, and percent of a step, {where}")
+    split.add_column("model", no_wrap=True)
+    for column in ("ms", *next(iter(parts.values()))[1]):
         split.add_column(column, justify="right")
     for model, (milliseconds, percent) in parts.items():
         split.add_row(model, f"{milliseconds:.1f}", *(f"{value:.1f}" for value in percent.values()))
