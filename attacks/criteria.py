@@ -11,17 +11,19 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ramdefense.outputs import predictions_of
+
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def on_target(logits: Tensor, reference: Tensor, counted: Tensor) -> Tensor:
     """Success rate of a targeted attack: the share of the counted pixels that are predicted as their target."""
-    return _share((logits.argmax(1) == reference) & counted, counted)
+    return _share((predictions_of(logits) == reference) & counted, counted)
 
 
 def off_label(logits: Tensor, reference: Tensor, counted: Tensor) -> Tensor:
     """Success rate of an untargeted attack: the share of the counted pixels that are not predicted as their label."""
-    return _share((logits.argmax(1) != reference) & counted, counted)
+    return _share((predictions_of(logits) != reference) & counted, counted)
 
 
 def _share(won: Tensor, counted: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from attacks.criteria import off_label, on_target
+from attacks.frozen import frozen
 from attacks.interfaces import Victim
 from attacks.objectives import OBJECTIVES, pixel_margin
 from attacks.optimize import Result, observed_traits, reference_map
@@ -149,7 +150,8 @@ def smallest_perturbation(
     batches = range(0, len(images), options.batch_size)
     found: list[_Found] = []
     spent = Spent()
-    with tqdm(total=len(batches) * options.max_iter, disable=not options.verbose) as progress:
+    bar = tqdm(total=len(batches) * options.max_iter, disable=not options.verbose)
+    with bar as progress, frozen(victim.model):
         for first in batches:
             rows = slice(first, first + options.batch_size)
             wanted = reference[rows].to(victim.device)

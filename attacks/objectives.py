@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ramdefense.outputs import predictions_of
+
 Objective = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -215,14 +217,14 @@ def least_likely(targeted: bool) -> Objective:
 
     @_summed
     def objective(logits: Tensor, reference: Tensor, counted: Tensor, progress: float) -> Tensor:
-        return F.cross_entropy(logits, logits.argmin(1), reduction="none")
+        return F.cross_entropy(logits, logits.detach().min(1).indices, reduction="none")
 
     return objective
 
 
 def _left(logits: Tensor, reference: Tensor, targeted: bool) -> Tensor:
     """The pixels still to win, (N, H, W) bool."""
-    on_reference = logits.argmax(1) == reference
+    on_reference = predictions_of(logits) == reference
     return ~on_reference if targeted else on_reference
 
 

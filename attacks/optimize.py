@@ -18,7 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from attacks.criteria import off_label, on_target
+from attacks.frozen import frozen
 from attacks.interfaces import Victim
+from attacks.late import Late
 from attacks.options import AttackOptions, PatchOptions
 from attacks.partial import in_part
 from attacks.patch import Patch, for_each_image
@@ -27,6 +29,7 @@ from attacks.steps import SCHEDULES, Seen, State
 from attacks.streams import stream, stream_numbers
 from attacks.threats import Threat
 from ramdefense.checks import check_images, check_labels
+from ramdefense.outputs import predictions_of
 from ramdefense.traits import Traits
 
 _SAME = 1e-3  # of the largest logit: what kernels that add in another order may differ by
@@ -161,7 +164,8 @@ def optimize(
     runs = len(options.objectives) * options.num_restarts
     kept: list[_Kept] = []
     spent = Spent()
-    with tqdm(total=len(batches) * runs * options.max_iter, disable=not options.verbose) as progress:
+    bar = tqdm(total=len(batches) * runs * options.max_iter, disable=not options.verbose)
+    with bar as progress, frozen(victim.model):
         for first in batches:
             rows = slice(first, first + options.batch_size)
             moved = images[rows].detach().to(victim.device)
@@ -222,10 +226,15 @@ class _Kept:
         never = variable.new_full((len(variable),), torch.inf)
         return cls(variable.clone(), -never, never.clone(), torch.zeros_like(never, dtype=torch.int64))
 
-    def keep(self, rows: Tensor, variable: Tensor, criterion: Tensor, loss: Tensor) -> None:
-        """Take the values of the images `rows` where they are better: more won or, as much won, less loss."""
+    def keep(
+        self, rows: Tensor, variable: Tensor, criterion: Tensor, loss: Tensor, *, final: bool = False
+    ) -> None:
+        """Take the values of the images `rows` where they are better: more won or, as much won, less loss; `final`:
+        an image of which everything is won keeps what it has."""
         won, lost = self.criterion[rows], self.loss[rows]
         better = (criterion > won) | ((criterion == won) & (loss < lost))
+        if final:
+            better &= won < 1
         self.variable[rows] = variable.where(better[:, None, None, None], self.variable[rows])
         self.criterion[rows] = criterion.to(won.dtype).where(better, won)
         self.loss[rows] = loss.to(lost.dtype).where(better, lost)
@@ -259,28 +268,33 @@ def _run(problem: Problem, run: int, restart: int, progress: tqdm) -> _Kept:
     state: State = rule.start(variable, _keys(problem, run).to(variable.device))
     kept = _Kept.nothing(variable)
     rows = torch.arange(len(problem), device=variable.device)  # of the kept values, for the images still in the batch
+    # an estimate of 1 from a few draws is no proof, so only a deterministic problem is ever done
+    leaving = options.keep_best and problem.deterministic
+    late = Late(variable.is_cuda)
     for step in range(options.max_iter):
         step_size = schedule(step / options.max_iter) * options.eps_step
         point = rule.point(variable, step_size, state)
         point = point if point is variable else problem.threat.project(point)
-        look = problem.look(point, run, step, gradient=rule.gradient)
+        look = problem.look(point, run, step, gradient=rule.gradient, judge=options.keep_best)
         if options.keep_best:
-            kept.keep(rows, point, look.criterion, look.loss)
-            # an estimate of 1 from a few draws is no proof, so only a deterministic problem is ever done
-            if problem.deterministic and bool((look.criterion == 1).any()):
-                stay = (look.criterion < 1).nonzero()[:, 0]
-                if not len(stay):
-                    progress.update(options.max_iter - step)
-                    return kept
-                rows, variable, point = rows[stay], variable[stay], point[stay]
-                problem, look = problem.rows(stay), look.rows(stay)
-                state = {name: value[stay] for name, value in state.items()}
+            kept.keep(rows, point, look.criterion, look.loss, final=leaving)
+        won = late.read(look.criterion == 1) if leaving else []
+        if any(won):
+            stay = torch.tensor([row for row, done in enumerate(won) if not done], dtype=torch.int64)
+            if not len(stay):
+                progress.update(options.max_iter - step)
+                return kept
+            rows, variable, point = rows[stay], variable[stay], point[stay]
+            problem, look = problem.rows(stay), look.rows(stay)
+            state = {name: value[stay] for name, value in state.items()}
+            late.rows(stay)
         seen = Seen(point, look.gradient, look.loss)
         variable, state = rule.update(variable, seen, step_size, state, problem.threat.project)
-        kept.steps[rows] += 1
+        # an image that is done, and not yet known to be, makes no step that counts
+        kept.steps[rows] += kept.criterion[rows] < 1 if leaving else 1
         progress.update()
     last = problem.look(variable, run, options.max_iter, gradient=False)
-    kept.keep(rows, variable, last.criterion, last.loss)
+    kept.keep(rows, variable, last.criterion, last.loss, final=leaving)
     return kept
 
 
@@ -297,5 +311,5 @@ def _own_prediction(victim: Victim, images: Tensor, streams: tuple[int, ...], ba
     for first in range(0, len(images), batch_size):
         rows = slice(first, first + batch_size)
         with victim.conditions(images=streams[rows], draw=0):
-            maps.append(victim.logits(images[rows].to(victim.device)).argmax(1).to(images.device))
+            maps.append(predictions_of(victim.logits(images[rows].to(victim.device))).to(images.device))
     return torch.cat(maps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -35,7 +36,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Look:
-    """What a look at a batch shows: (N,), (N,) and the variable's shape, zero if no gradient was asked for."""
+    """What a look at a batch shows: (N,), (N,) and the variable's shape; zero is what was not asked for."""
 
     criterion: Tensor
     loss: Tensor
@@ -77,6 +78,11 @@ class Problem:
         with some.under(0):
             return replace(some, partial=self.partial.rows(chosen))
 
+    @cached_property
+    def _valid(self) -> Tensor:
+        """The pixels with a label, (N, H, W) bool."""
+        return self.reference != self.victim.ignore_index
+
     @property
     def deterministic(self) -> bool:
         """Whether one look at a point says all about it."""
@@ -103,23 +109,22 @@ class Problem:
             return nullcontext()
         return self.victim.conditions(images=self.streams, draw=draw, straight_through=straight_through)
 
-    def look(self, variable: Tensor, run: int, step: int, *, gradient: bool) -> Look:
-        """Loss, success and, where asked for, gradient at `variable`, each the mean over this step's samples."""
-        looks = list(self._samples(variable, run, step, gradient))
+    def look(self, variable: Tensor, run: int, step: int, *, gradient: bool, judge: bool = True) -> Look:
+        """Loss and, where asked for, success and gradient at `variable`, each the mean over this step's samples."""
+        looks = list(self._samples(variable, run, step, gradient, judge))
         self.spent.forwards += len(looks) * len(self)
         self.spent.backwards += len(looks) * len(self) * gradient
         return _mean(looks)
 
-    def _samples(self, variable: Tensor, run: int, step: int, gradient: bool) -> Iterator[Look]:
+    def _samples(self, variable: Tensor, run: int, step: int, gradient: bool, judge: bool) -> Iterator[Look]:
         progress = step / self.options.max_iter
-        valid = self.reference != self.victim.ignore_index
         for sample in range(self.samples):
             leaf = variable.detach().requires_grad_(gradient)
             # every look of every run draws anew: 0, 1, 2, …
             draw = (run * (self.options.max_iter + 1) + step) * self.samples + sample
             with torch.set_grad_enabled(gradient), self.under(draw):
                 placed, covered = self.threat.place(leaf, (run, step, sample))
-                counted = valid & ~covered
+                counted = self._valid & ~covered
                 with ExitStack() as stack:
                     observed = [stack.enter_context(term.observe(self.victim)) for term in self.options.terms]
                     logits = (self.partial or self.victim.logits)(placed)
@@ -128,7 +133,9 @@ class Problem:
                     loss = loss + term(Forward(leaf, placed, covered, logits, seen))
                 # asked for alone: the gradients of the weights are not computed
                 slope = torch.autograd.grad(loss.sum(), leaf)[0] if gradient else torch.zeros_like(leaf)
-            yield Look(self.criterion(logits.detach(), self.reference, counted), loss.detach(), slope)
+            loss = loss.detach()
+            success = self.criterion(logits.detach(), self.reference, counted) if judge else torch.zeros_like(loss)
+            yield Look(success, loss, slope)
 
 
 def _mean(looks: list[Look]) -> Look:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, Self, TypeVar
 
 import torch
@@ -83,11 +84,15 @@ class PatchThreat:
 
     def place(self, variable: Tensor, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if self.eot is None:
-            size = self.images.shape[-2], self.images.shape[-1]
-            covered = covered_by(self.shape, self.location, size, self.images.device, self.alpha)
-            return paste(self.images, variable, self.location, self.alpha), covered
+            return paste(self.images, variable, self.location, self.alpha), self._covered
         transformation = self.eot.sample([(self.seed, image, *key) for image in self.streams])
         return transformation.apply(self.images, variable, self.location, self.clip_values, self.alpha)
+
+    @cached_property
+    def _covered(self) -> Tensor:
+        """The pixels under the patch where nothing transforms it, (H, W) or (N, H, W) bool."""
+        size = self.images.shape[-2], self.images.shape[-1]
+        return covered_by(self.shape, self.location, size, self.images.device, self.alpha)
 
     def project(self, variable: Tensor) -> Tensor:
         return variable.clamp(*self.clip_values)

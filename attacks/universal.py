@@ -27,6 +27,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from attacks.art_style import Array, PatchAttack
 from attacks.criteria import off_label, on_target
+from attacks.frozen import frozen
 from attacks.interfaces import Victim
 from attacks.optimize import Result, observed_traits, reference_map
 from attacks.options import PatchOptions
@@ -196,7 +197,8 @@ def fit_patch(
     held = None if resume is None else from_first(lambda: _Fit.held(resume, identity))
     kept = loop.begin() if held is None else held
     steps = loop.runs * options.max_iter
-    with tqdm(total=steps, initial=kept.done, disable=not options.verbose or rank() > 0) as progress:
+    bar = tqdm(total=steps, initial=kept.done, disable=not options.verbose or rank() > 0)
+    with bar as progress, frozen(victim.model):
         while kept.done < steps:
             began = time.perf_counter()
             kept = loop.step(kept)
@@ -471,6 +473,8 @@ class _Loop:
         fit = replace(fit, pixels=pixels, state=state, done=fit.done + 1)
         if step + 1 == options.max_iter or (options.keep_best and (step + 1) % self.epoch == 0):
             fit = self.judged(fit, run, spent)
+        if world() == 1:
+            return replace(fit, forwards=spent.forwards, backwards=spent.backwards)
         passes = torch.tensor([spent.forwards - fit.forwards, spent.backwards - fit.backwards], device=device)
         forwards, backwards = total(passes).tolist()
         return replace(fit, forwards=fit.forwards + forwards, backwards=fit.backwards + backwards)

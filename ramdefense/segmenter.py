@@ -22,7 +22,7 @@ from tqdm.auto import trange  # type: ignore[import-untyped]
 
 from ramdefense.batch_norm import sound_gradients
 from ramdefense.checks import check_labels
-from ramdefense.outputs import labels_of, logits_of
+from ramdefense.outputs import labels_of, logits_of, predictions_of
 from ramdefense.preprocessing import preprocess, standardisation
 from ramdefense.traits import Conditions, Traits, defended_modules, traits_of
 from ramdefense.traits import conditions as model_conditions
@@ -280,8 +280,8 @@ class PyTorchSegmenter(SegmenterMixin, PyTorchEstimator):
         """The most likely class of every pixel, (N, H, W) int64, of the array type of `x`; see `predict`."""
         predictions = self.predict(x, batch_size=batch_size)
         if isinstance(predictions, Tensor):
-            return predictions.argmax(1)
-        return cast(Array, predictions.argmax(1).astype(np.int64))
+            return predictions_of(predictions)
+        return predictions_of(torch.from_numpy(predictions)).numpy()
 
     def loss_gradient(self, x: Array, y: Any, training_mode: bool = False, **kwargs: Any) -> Array:
         """Gradient of the loss with respect to the images.
