@@ -21,8 +21,17 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Ratios, side by side: the tables of docs/performance.md, in under ten minutes on two cores that do nothing else.
 bench: install
+	$(BIN)/python benchmarks/attention_cost.py
+	$(BIN)/python benchmarks/cuda_attention.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/pgd.py
+	$(BIN)/python benchmarks/pgd.py --models zoo:camvid-cnn --size 256x512
+	$(BIN)/python benchmarks/partial.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/imports.py
+	$(BIN)/python benchmarks/threads.py
 
 install: $(VENV)/.installed
 

@@ -6,9 +6,9 @@ The first table: plain PGD on the cross entropy, from grey, with one step size, 
 scenes. ART attacks the image under a mask, through `PyTorchSegmenter`; torchattacks, foolbox and adv_lib attack a patch
 as input, the module `p ↦ model(paste(images, p))`. Each round runs every contender once, one after the other, so that a
 slow moment of the machine meets all of them; shown are medians over the rounds. "ratio" is to the fastest of the four:
-above 1 is faster than it. Ours counts, in each call, the pass that tells what the last patch has won, and two of one
-image that tell whether the model is random, which weigh less the more steps there are. "won" is the share of the
-counted pixels that lost their label, outside the patch.
+above 1 is faster than it. "what can change" computes only that (`partial=None`). Ours counts, in each call, the pass
+that tells what the last patch has won, and two of one image that tell whether the model is random, which weigh less the
+more steps there are. "won" is the share of the counted pixels that lost their label, outside the patch.
 
 The second: the shares of one step of ours, in percent. The model, and the backward pass through it, begin at the images
 that it is given and end at its logits, of the images' size; everything else is the attack's own.
@@ -199,6 +199,7 @@ def contenders(case: Case, compiled: bool) -> dict[str, tuple[Callable[[Case], T
     variants = {
         "ours, the last patch": (LAST, case),
         "ours, the best patch": (BEST, case),
+        "ours, what can change": (ours(keep_best=False, partial=None), case),
         "ours, channels last": (LAST, Case(segmenter.with_model(last_channels), case.images, case.labels, case.steps)),
     }
     if compiled:

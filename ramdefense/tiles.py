@@ -18,7 +18,7 @@ O(queries + keys) and four tiles, whatever the options.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,19 +45,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[T
         where it has to go through `refine`; float32, or float64 with `q`.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    queries, keys = (q.to(wide) * scale).contiguous(), k.to(wide).transpose(-2, -1).contiguous()
-    values, _ = _values(v.to(wide), call)
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=wide)
     numbers = torch.empty((*q.shape[:-1], 2), dtype=wide)
-    work, rows = _Work(call, wide), rows_of(call, wide)
+    work, rows, key_keep = _Work(call, wide), rows_of(call, wide), _key_keep(call)
     for tile in _tiles(call.shape):
-        here, columns = tile.of(queries), tile.all(keys)
-        scores = work.scores(tile, here, columns)
+        queries = tile.of(q).to(wide)
+        columns = work.held("columns", tile, lambda tile: _transposed(tile, k, wide).mul_(scale))
+        values = work.held("values", tile, lambda tile: _kept_values(tile, v, wide, key_keep))
+        scores = work.scores(tile, queries, columns)
         found = rows.bound(scores, tile.of(numbers)) if call.closed else None
         if found is None:
-            scores = call.refined(work.scores(tile, here, columns), _keep(rows, tile, scores, call))
+            scores = call.refined(work.scores(tile, queries, columns), _keep(rows, tile, scores, call))
             tile.of(numbers).fill_(math.nan)
-        torch.bmm(scores, tile.all(values), out=tile.of(out))
+        torch.bmm(scores, values, out=tile.of(out))
         if found is not None:
             tile.of(out).mul_(found.mul_(call.factor))
     return out.to(q.dtype), numbers
@@ -68,41 +68,48 @@ def pull_back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at q, k and v of `attend`, from the gradient (B, H, M, Ev) at its result and from its `numbers`."""
     wide = numbers.dtype
-    queries, keys = (q.to(wide) * scale).contiguous(), k.to(wide).contiguous()
-    columns = keys.transpose(-2, -1).contiguous()
-    values, key_keep = _values(v.to(wide), call)
-    values = values.transpose(-2, -1).contiguous()
-    grad = grad.to(wide).contiguous()
-    at_q = torch.empty_like(queries)
-    at_k = torch.zeros(k.shape, dtype=wide)
-    at_v = torch.zeros(v.shape, dtype=wide)
-    work, rows = _Work(call, wide), rows_of(call, wide)
+    at_q, at_k, at_v = (torch.zeros(tensor.shape, dtype=wide) for tensor in (q, k, v))
+    work, rows, key_keep = _Work(call, wide), rows_of(call, wide), _key_keep(call)
     for tile in _tiles(call.shape):
-        here, pulled, own = tile.of(queries), tile.of(grad), tile.of(numbers)
-        scores = work.scores(tile, here, tile.all(columns))
+        queries, pulled, own = tile.of(q).to(wide), tile.of(grad).to(wide), tile.of(numbers)
+        columns = work.held("columns", tile, lambda tile: _transposed(tile, k, wide).mul_(scale))
+        keys = work.held("keys", tile, lambda tile: tile.all(k).to(wide).contiguous())
+        values = work.held("values", tile, lambda tile: _transposed(tile, v, wide))
+        scores = work.scores(tile, queries, columns)
         refined = bool(own.isnan().any())
         if not refined:
             pulled = pulled * (own[..., 1:] * call.factor)
-        slope = torch.bmm(pulled, tile.all(values), out=work.slope(tile))
+        slope = torch.bmm(pulled, values, out=work.slope(tile))
+        if key_keep is not None:
+            slope.mul_(tile.all(key_keep).transpose(1, 2))
         if refined:
             scores, slope = call.pull_refined(scores, slope, _keep(rows, tile, scores, call))
         else:
             rows.pull(scores, slope, own)
         tile.all(at_v).baddbmm_(scores.transpose(1, 2), pulled)
-        torch.bmm(slope, tile.all(keys), out=tile.of(at_q))
-        tile.all(at_k).baddbmm_(slope.transpose(1, 2), here)
+        torch.bmm(slope, keys, out=tile.of(at_q))
+        tile.all(at_k).baddbmm_(slope.transpose(1, 2), queries)
     if key_keep is not None:
         at_v *= key_keep
-    return at_q.mul_(scale).to(q.dtype), at_k.to(k.dtype), at_v.to(v.dtype)
+    return at_q.mul_(scale).to(q.dtype), at_k.mul_(scale).to(k.dtype), at_v.to(v.dtype)
 
 
-def _values(v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    """The values, and RAD's mask over keys, (B, H, N, 1), which is one over values; None where it has none."""
+def _transposed(tile: _Tile, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy (matrices, width, keys), in order: matrix products with it are faster than with a view."""
+    return tile.all(tensor).transpose(1, 2).to(dtype).clone(memory_format=torch.contiguous_format)
+
+
+def _key_keep(call: Call) -> Tensor | None:
+    """RAD's mask over keys, (B, H, N, 1), which is one over values; None where it has none, or `refine` applies it."""
     keep = call.keep
     if keep is None or keep.unit != "key" or not call.closed:
-        return v.contiguous(), None
-    key_keep = keep.mask().view(*call.shape[:2], call.shape[3], 1)
-    return (v * key_keep).contiguous(), key_keep
+        return None
+    return keep.mask().view(*call.shape[:2], call.shape[3], 1)
+
+
+def _kept_values(tile: _Tile, v: Tensor, dtype: torch.dtype, key_keep: Tensor | None) -> Tensor:
+    values = tile.all(v).to(dtype)
+    return (values if key_keep is None else values * tile.all(key_keep)).contiguous()
 
 
 def _keep(rows: Rows, tile: _Tile, scores: Tensor, call: Call) -> Tensor | None:
@@ -125,11 +132,11 @@ class _Tile(NamedTuple):
     rows: slice
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Its rows of a contiguous (B, H, M, …): a view (matrices, rows, …)."""
+        """Its rows of (B, H, M, …), as (matrices, rows, …); a view where that is contiguous."""
         return tensor[self.images, self.heads, self.rows].flatten(0, 1)
 
     def all(self, tensor: Tensor) -> Tensor:
-        """All that its matrices have of a contiguous (B, H, …): a view (matrices, …)."""
+        """All that its matrices have of (B, H, …), as (matrices, …); a view where that is contiguous."""
         return tensor[self.images, self.heads].flatten(0, 1)
 
 
@@ -155,6 +162,14 @@ class _Work:
     def __init__(self, call: Call, dtype: torch.dtype) -> None:
         self._call, self._dtype = call, dtype
         self._memory: dict[str, Tensor] = {}
+        self._held: dict[str, tuple[tuple[slice, slice], Tensor]] = {}
+
+    def held(self, name: str, tile: _Tile, make: Callable[[_Tile], Tensor]) -> Tensor:
+        """What tiles of the same matrices share, made once for them: never that of all matrices at a time."""
+        matrices = tile.images, tile.heads
+        if name not in self._held or self._held[name][0] != matrices:
+            self._held[name] = matrices, make(tile)
+        return self._held[name][1]
 
     def scores(self, tile: _Tile, queries: Tensor, columns: Tensor) -> Tensor:
         scores = torch.bmm(queries, columns, out=self._take("scores", tile))

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from ramdefense import counter, triton_attention
-from ramdefense.refinement import SUPPRESSIONS, refined_attention
+from ramdefense.attention import refined_attention
+from ramdefense.refinement import SUPPRESSIONS
 
 triton = pytest.importorskip("triton")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from ramdefense import counter, triton_attention, triton_kernels
-from ramdefense.refinement import refined_attention
+from ramdefense.attention import refined_attention
 from ramdefense.triton_attention import Tiles
 
 INF = math.inf
