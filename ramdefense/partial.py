@@ -348,7 +348,7 @@ class Partial(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _OWN:
-            return func(args[0]._crop)
+            return func(args[0]._crop, *args[1:], **kwargs)
         arguments = Arguments(args, kwargs)
         leaves = arguments.leaves
         maps = {i: x for i, x in enumerate(leaves) if isinstance(x, Partial)}
@@ -400,6 +400,7 @@ _OWN = frozenset(
         *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf")),
         Tensor.untyped_storage,
         Tensor.storage_offset,
+        Tensor.register_hook,
     }
 )
 

@@ -528,3 +528,16 @@ def test_operations_are_those_that_pytorch_counts(architecture: str) -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as left:
         part.attempt(images)
     assert part.share == pytest.approx(left.get_total_flops() / full.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("architecture", ["cnn", "vit"])
+def test_one_image_through_a_segmenter(architecture: str) -> None:
+    """Whose batch normalisations have hooks then, see `ramdefense.batch_norm`."""
+    torch.manual_seed(0)
+    segmenter = PyTorchSegmenter(build_network(architecture, 4).double().eval(), 4, (3, 48, 64))
+    box = at(36, 48, 12, 16)
+    clean, images = (maps[:1] for maps in drawn((48, 64), box))
+    part = PartialForward(segmenter.logits, clean, box)
+    part.check(images)
+    for own, full in zip(slope(part.attempt, images, box), slope(segmenter.logits, images, box), strict=True):
+        torch.testing.assert_close(own, full, rtol=1e-9, atol=1e-9)
