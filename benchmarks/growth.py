@@ -79,9 +79,9 @@ def run_with(processes: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-            "-m", "evaluation.cli", "evaluate", "--model", "zoo:scenes-nonlocal", "--data", "scenes:4",
-            "--defence", "none", "--defence", "ram", "--attack", "permute", "--images", "4", "--batch-size", "2",
-            "--max-iter", "10", "--no-checks", "--out", f"{folder}/run",
+            "-m", "evaluation.cli", "evaluate", "--model", "zoo:scenes-nonlocal", "--data", "scenes:2",
+            "--defence", "none", "--defence", "ram", "--attack", "permute", "--images", "2", "--batch-size", "1",
+            "--max-iter", "5", "--no-checks", "--out", f"{folder}/run",
         ]  # fmt: skip
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -125,7 +125,7 @@ def main() -> None:
         )
     console.print(table)
 
-    table = Table(title="A run on 4 drawn scenes, none and RAM, by torchrun")
+    table = Table(title="A run on 2 drawn scenes, none and RAM, by torchrun")
     for column in ("processes", "s of the clock", "over one", "s of the processors"):
         table.add_column(column, justify="right")
     first = None

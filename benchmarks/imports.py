@@ -65,7 +65,7 @@ def _run(arguments: list[str], environment: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     table = Table(title=f"processor time of a fresh process, medians of {arguments.rounds} rounds; seconds")
     table.add_column("import", no_wrap=True)

@@ -1,6 +1,6 @@
 """What RAM costs a ViT of 12 layers: watching its attention, and refining it.
 
-    python benchmarks/overhead.py [--rounds 8]
+    python benchmarks/overhead.py [--rounds 5]
 
 Each round runs every model once, one after the other, so that a slow moment of the machine meets all of them; shown are
 the medians of a round's time and of its ratio to the plain model, for a forward pass without gradients. "watched" is a
@@ -73,7 +73,7 @@ def measure(plain: nn.Module, rounds: int) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     table = Table(title=f"2 images of {SIZE} x {SIZE}, {torch.get_num_threads()} thread(s), {arguments.device}")
