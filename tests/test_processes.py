@@ -237,7 +237,8 @@ def test_two_processes_make_a_patch_and_test_it(tmp_path: Path, monkeypatch: pyt
     assert torch.allclose(as_pixels(alone), as_pixels(one), atol=1e-6)
     assert len(one[1]) == 3 * 5, "universal, random, grey"
     assert one[1] == alone[1]
-    assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["fit.safetensors", "patch.safetensors", "tested"]
+    left = sorted(p.name for p in (tmp_path / "both").iterdir())
+    assert left == ["fit.safetensors", "patch.safetensors", "tested", "threads.json"]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
