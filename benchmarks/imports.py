@@ -1,6 +1,6 @@
 """What it costs to import the packages, and to ask the command line for something.
 
-    python benchmarks/imports.py [--rounds 5]
+    python benchmarks/imports.py [--rounds 2]
 
 Each row is a fresh process; each round runs every row once, one after the other, and shown are medians of the processor
 time of a whole process, Python's own start included. "beyond torch" is what it has over `import torch` in the same
@@ -65,7 +65,7 @@ def _run(arguments: list[str], environment: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     table = Table(title=f"processor time of a fresh process, medians of {arguments.rounds} rounds; seconds")
     table.add_column("import", no_wrap=True)
@@ -89,7 +89,7 @@ def main() -> None:
                 f"{beyond:+.2f}" if beyond > 0 else "less",
                 ", ".join(f"{package} {share:.0%}" for package, share in dearest(code, environment)),
             )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

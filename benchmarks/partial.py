@@ -122,7 +122,7 @@ def main() -> None:
                         given = arguments.images, arguments.rounds, arguments.device
                         line = measured(architecture, (height, width), side, where, *given)
                         table.add_row(architecture, text, str(side), where, *line)
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What threads cost where other processes run: a gradient of a small model with one thread, with one for each core, and
 with as many that sleep while they wait.
 
-    python benchmarks/threads.py [--rounds 2]
+    python benchmarks/threads.py [--rounds 1]
 
 Beside it run as many busy processes as is said: none, and one for each core. Each measurement is a fresh process, since
 the way of waiting is chosen when OpenMP loads; shown are medians over the rounds of the wall time of one gradient (the
