@@ -67,7 +67,7 @@ def pull_back(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, call: Call, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at q, k and v of `attend`, from the gradient (B, H, M, Ev) at its result and from its `numbers`."""
-    wide = numbers.dtype
+    wide, numbers = numbers.dtype, numbers.contiguous()  # its rows are read by address
     at_q, at_k, at_v = (torch.zeros(tensor.shape, dtype=wide) for tensor in (q, k, v))
     work, rows, key_keep = _Work(call, wide), rows_of(call, wide), _key_keep(call)
     for tile in _tiles(call.shape):
