@@ -26,10 +26,10 @@ bench: install
 	$(BIN)/python benchmarks/attention_cost.py
 	$(BIN)/python benchmarks/cuda_attention.py
 	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/pgd.py --models zoo:camvid-cnn,zoo:camvid-vit --rounds 2
+	$(BIN)/python benchmarks/pgd.py --models zoo:camvid-vit --rounds 2
 	$(BIN)/python benchmarks/pgd.py --models zoo:camvid-cnn --size 256x512 --images 1 --rounds 2
 	$(BIN)/python benchmarks/partial.py --networks cnn,nonlocal --images 1
-	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/growth.py --processes 1,2
 	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/threads.py
 
