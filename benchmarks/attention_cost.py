@@ -18,10 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from peak import peak_above
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -87,15 +87,7 @@ def peak_of(way: str, tokens: int, heads: int, width: int) -> int:
     work = pass_of(way, tokens, heads, width)
     small = pass_of(way, 64, heads, width)
     small()  # libraries take memory of their own at their first call
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
-    work()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+    return peak_above(work)
 
 
 def peaks(ways: Sequence[str], tokens: int, heads: int, width: int) -> dict[str, int]:

@@ -19,9 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from peak import peak_above
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -62,16 +62,9 @@ def attack_on(architecture: str, size: tuple[int, int], count: int, steps: int, 
 
 def cost(work: Callable[[], object]) -> tuple[float, float]:
     """Processor seconds, and MB of peak memory above what there was."""
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
     began = time.process_time()
-    work()
-    return time.process_time() - began, (_status("VmHWM") - before) / 1e6
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+    peak = peak_above(work)
+    return time.process_time() - began, peak / 1e6
 
 
 def run_with(processes: int) -> tuple[float, float]:

@@ -48,14 +48,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[T
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=wide)
     numbers = torch.empty((*q.shape[:-1], 2), dtype=wide)
     work, rows, key_keep = _Work(call, wide), rows_of(call, wide), _key_keep(call)
+    on_values = key_keep if call.closed else None  # a mask over keys is one over values; else `refine` applies it
     for tile in _tiles(call.shape):
         queries = tile.of(q).to(wide)
         columns = work.held("columns", tile, lambda tile: _transposed(tile, k, wide).mul_(scale))
-        values = work.held("values", tile, lambda tile: _kept_values(tile, v, wide, key_keep))
+        values = work.held("values", tile, lambda tile: _kept_values(tile, v, wide, on_values))
         scores = work.scores(tile, queries, columns)
         found = rows.bound(scores, tile.of(numbers)) if call.closed else None
         if found is None:
-            scores = call.refined(work.scores(tile, queries, columns), _keep(rows, tile, scores, call))
+            scores = call.refined(work.scores(tile, queries, columns), _keep(rows, tile, scores, call, key_keep))
             tile.of(numbers).fill_(math.nan)
         torch.bmm(scores, values, out=tile.of(out))
         if found is not None:
@@ -70,6 +71,7 @@ def pull_back(
     wide, numbers = numbers.dtype, numbers.contiguous()  # its rows are read by address
     at_q, at_k, at_v = (torch.zeros(tensor.shape, dtype=wide) for tensor in (q, k, v))
     work, rows, key_keep = _Work(call, wide), rows_of(call, wide), _key_keep(call)
+    on_values = key_keep if call.closed else None  # a mask over keys is one over values; else `refine` applies it
     for tile in _tiles(call.shape):
         queries, pulled, own = tile.of(q).to(wide), tile.of(grad).to(wide), tile.of(numbers)
         columns = work.held("columns", tile, lambda tile: _transposed(tile, k, wide).mul_(scale))
@@ -80,17 +82,17 @@ def pull_back(
         if not refined:
             pulled = pulled * (own[..., 1:] * call.factor)
         slope = torch.bmm(pulled, values, out=work.slope(tile))
-        if key_keep is not None:
-            slope.mul_(tile.all(key_keep).transpose(1, 2))
+        if on_values is not None:
+            slope.mul_(tile.all(on_values).transpose(1, 2))
         if refined:
-            scores, slope = call.pull_refined(scores, slope, _keep(rows, tile, scores, call))
+            scores, slope = call.pull_refined(scores, slope, _keep(rows, tile, scores, call, key_keep))
         else:
             rows.pull(scores, slope, own)
         tile.all(at_v).baddbmm_(scores.transpose(1, 2), pulled)
         torch.bmm(slope, keys, out=tile.of(at_q))
         tile.all(at_k).baddbmm_(slope.transpose(1, 2), queries)
-    if key_keep is not None:
-        at_v *= key_keep
+    if on_values is not None:
+        at_v *= on_values
     return at_q.mul_(scale).to(q.dtype), at_k.mul_(scale).to(k.dtype), at_v.to(v.dtype)
 
 
@@ -100,9 +102,9 @@ def _transposed(tile: _Tile, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _key_keep(call: Call) -> Tensor | None:
-    """RAD's mask over keys, (B, H, N, 1), which is one over values; None where it has none, or `refine` applies it."""
+    """RAD's mask over keys, (B, H, N, 1), drawn once for all tiles; None where it has none."""
     keep = call.keep
-    if keep is None or keep.unit != "key" or not call.closed:
+    if keep is None or keep.unit != "key":
         return None
     return keep.mask().view(*call.shape[:2], call.shape[3], 1)
 
@@ -112,13 +114,13 @@ def _kept_values(tile: _Tile, v: Tensor, dtype: torch.dtype, key_keep: Tensor | 
     return (values if key_keep is None else values * tile.all(key_keep)).contiguous()
 
 
-def _keep(rows: Rows, tile: _Tile, scores: Tensor, call: Call) -> Tensor | None:
+def _keep(rows: Rows, tile: _Tile, scores: Tensor, call: Call, key_keep: Tensor | None) -> Tensor | None:
     """RAD's mask of a tile as `refine` takes it."""
     if call.keep is None or call.keep.unit == "element":
         return rows.keep(scores.shape)
-    if call.closed:  # the values are masked already
+    if key_keep is None or call.closed:  # the values are masked already
         return torch.ones(1, 1, dtype=torch.bool)
-    return tile.all(call.keep.mask().view(*call.shape[:2], 1, call.shape[3]))
+    return tile.all(key_keep).transpose(1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- tiles
